@@ -1,0 +1,61 @@
+"""What every training config shares: the three stages of SPEC 10 and the table of keys."""
+import ml_collections
+
+# Which parameters train: ordered (regex, rate), 0 freezes; the first that matches a path decides.
+_FROZEN = (("vlm/.*", 0.0), ("vae/.*", 0.0))
+_UNUSED = ("mmdit/pooled/.*", 0.0)  # published weights that no forward pass reads
+
+RULES = {
+    "stage1": (("connector/.*", 1.0), ("(mmdit|vae_connector|queries)/.*", 0.0), *_FROZEN),
+    "stage2": (_UNUSED, ("(connector|mmdit|queries)/.*", 1.0), ("vae_connector/.*", 0.0), *_FROZEN),
+    "stage3": (_UNUSED, ("(connector|vae_connector|mmdit|queries)/.*", 1.0), *_FROZEN),
+}
+PLAIN_TASKS = {"t2i": 0.3, "t2v": 0.7}
+ALL_TASKS = {"t2i": 0.1, "t2v": 0.1, "i2v": 0.1, "ti2v": 0.15, "ti2i": 0.25, "ti2i_baseimg": 0.05, "tv2v": 0.15, "tiv2v": 0.1}
+
+
+def curriculum(steps: tuple[int, int, int], rates: tuple[float, float, float], plain: tuple[str, ...], mixed: tuple[str, ...],
+               *, ema: float = 0.9999) -> dict:
+    """The three stages: connector only; long and short prompts with the MMDiT; all tasks mixed.
+
+    plain, mixed: names of the buckets of stages 1 and 2, and of stage 3.
+    """
+    return {
+        "stage1": {"steps": steps[0], "learning_rate": rates[0], "rules": RULES["stage1"], "tasks": dict(PLAIN_TASKS),
+                   "texts": {"long": 1.0}, "buckets": plain, "ema": 0.0},
+        "stage2": {"steps": steps[1], "learning_rate": rates[1], "rules": RULES["stage2"], "tasks": dict(PLAIN_TASKS),
+                   "texts": {"long": 0.5, "short": 0.5}, "buckets": plain, "ema": ema},
+        "stage3": {"steps": steps[2], "learning_rate": rates[2], "rules": RULES["stage3"], "tasks": dict(ALL_TASKS),
+                   "texts": {"long": 0.25, "short": 0.25, "instruction": 0.5}, "buckets": mixed, "ema": ema},
+    }
+
+
+def stage(**entries) -> dict:
+    """A stage with every key of StageConfig, so that each can be overridden from the command line."""
+    defaults = {"warmup_steps": 50, "decay_steps": 0, "b1": 0.9, "b2": 0.95, "eps": 1e-15, "weight_decay": 0.0, "clip": 1.0, "ema": 0.0,
+                "accumulate": 1, "text_dropout": 0.1, "image_dropout": 0.1}
+    return {**defaults, **entries}
+
+
+def config(**entries) -> ml_collections.ConfigDict:
+    """A training config with every key present (vino_jax/train/config.py says what each means); entries replace whole tables' keys."""
+    defaults = {
+        "seed": 0,
+        "model": {"queries": 256, "connector_ratio": 4},
+        "init": {"checkpoint": "", "vino": "", "mmdit": "", "vae": "", "vlm": "", "require": ("vae", "vlm", "mmdit")},
+        "runtime": {"dtype": "bfloat16", "remat": "full", "attention": "xla"},
+        "mesh": {"preset": "fsdp", "data": 1, "fsdp": -1, "seq": 1, "tensor": 1},
+        "data": {"source": "shapes", "manifest": "", "root": ".", "processor": "", "shift_image": 5.0, "shift_video": 7.0, "threads": 1,
+                 "prefetch": 8},
+        "buckets": {},
+        "stages": {},
+        "log": {"every": 10, "checkpoint_every": 100, "keep": 2, "preview_every": 0, "preview_count": 4, "preview_sampling_steps": 20,
+                "preview_guidance": 3.0},
+        "sampling": {},
+    }
+    for name, value in entries.items():
+        if name not in defaults:
+            raise KeyError(f"unknown config table {name!r}")
+        defaults[name] = {**defaults[name], **value} if isinstance(value, dict) else value
+    defaults["stages"] = {name: stage(**entry) for name, entry in defaults["stages"].items()}
+    return ml_collections.ConfigDict(defaults, convert_dict=True)

@@ -1,0 +1,21 @@
+"""Makes the base MMDiT part of configs/shapes.py: t2i and t2v from random weights, with a connector that is thrown away.
+
+It stands for HunyuanVideo. `python -m launch.train --config configs/shapes_base.py --workdir DIR`, then
+`python -m launch.convert export --checkpoint DIR/model --output DIR/export --format diffusers`: the folder's transformer/ is
+data_pipelines/shapes_parts/hunyuan/transformer/.
+"""
+from configs import common, models, shapes
+
+
+def get_config():
+    config = shapes.get_config()
+    config.init.mmdit = ""
+    config.model.mmdit = models.shapes()["mmdit"]
+    config.init.require = ("vae", "vlm")
+    rules = (*common.RULES["stage2"],)
+    config.stages = {
+        "base": common.stage(steps=4000, learning_rate=1.5e-3, decay_steps=1500, rules=rules, tasks=dict(common.PLAIN_TASKS, t2i=0.7, t2v=0.3),
+                             texts={"long": 0.5, "short": 0.5}, buckets=("picture", "wide", "clip"), ema=0.999)}
+    config.log.checkpoint_every = 500
+    config.log.preview_every = 500
+    return config

@@ -1,0 +1,84 @@
+"""Batches for training: Grain reads steps, a plan says what is in each, threads pack them ahead of time."""
+import time
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from data_pipelines.buckets import table
+from data_pipelines.mixture import Mixture, Row, Schedule, choose_text
+from data_pipelines.packing import SHIFT, collate, pack_sample
+from vino_jax.batch import Batch, BucketSpec
+from vino_jax.errors import UserError
+
+ENDLESS = 1 << 40  # steps
+
+
+class Loader:
+    """Iterates over (step, bucket name, Batch) from `start_step` up to, not including, `stop_step` (None: endless).
+
+    Every process computes the same plan and packs its own rows: a `process_count`-th of the bucket's rows, in order, so that
+    the processes' batches concatenate to the batch of one process. Resuming is starting at the next step: no other state.
+
+    Args:
+      source: data_pipelines.sources.Source. mixture, buckets, seed: see Schedule.
+      prompter: data_pipelines.prompts.Prompter.
+      threads: batches packed at a time; prefetch: batches kept ready. shift: of the flow time, for pictures and clips.
+    Attributes: `waited`, the seconds that next() has taken so far; `buckets`, those that the mixture draws; `schedule`.
+    Raises UserError where the rows do not divide by the processes, or a task has no bucket.
+    """
+
+    def __init__(self, source, mixture: Mixture, buckets: Sequence[BucketSpec], prompter, seed: int, start_step: int = 0,
+                 stop_step: int | None = None, process_index: int = 0, process_count: int = 1, threads: int = 1, prefetch: int = 8,
+                 shift: tuple[float, float] = SHIFT):
+        for bucket in buckets:
+            if bucket.batch % process_count:
+                raise UserError(f"bucket {bucket.name!r} has {bucket.batch} rows, which do not divide by {process_count} processes")
+        self.source, self.mixture, self.prompter, self.shift = source, mixture, prompter, shift
+        self.process_index, self.process_count = process_index, process_count
+        self.schedule = Schedule(seed, mixture, buckets, source)
+        self.waited = 0.0
+        steps = grain.MapDataset.range(start_step, ENDLESS if stop_step is None else stop_step)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
+        self._batches = iter(steps.map(self.batch).to_iter_dataset(options))
+
+    @property
+    def buckets(self) -> tuple[BucketSpec, ...]:
+        return tuple(a.bucket for a in self.schedule.used)
+
+    def table(self) -> str:
+        """Buckets, tasks, tokens and shares, and what fits nowhere: to print before step 0."""
+        return table(self.schedule.assigned, self.source.unplaced())
+
+    def batch(self, step: int) -> tuple[int, str, Batch]:
+        """This process's part of the batch of `step`, as numpy."""
+        plan = self.schedule.plan(int(step))
+        size = plan.bucket.batch // self.process_count
+        rows = plan.rows[self.process_index * size:(self.process_index + 1) * size]
+        return plan.step, plan.bucket.name, collate([self._pack(row, plan.bucket) for row in rows])
+
+    def _pack(self, row: Row, bucket: BucketSpec) -> dict[str, np.ndarray]:
+        sample = self.source.sample(row.task, bucket, row.index)
+        text = "" if row.drop_text else choose_text(sample.texts, self.mixture.texts, row.text_draw)
+        return pack_sample(sample, text, bucket, self.prompter, drop_images=row.drop_images, shift=self.shift, index=row.serial)
+
+    def __iter__(self) -> Iterator[tuple[int, str, Batch]]:
+        return self
+
+    def __next__(self) -> tuple[int, str, Batch]:
+        before = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self.waited += time.perf_counter() - before
+
+    def close(self):
+        """Stops the threads. A closed loader gives nothing more."""
+        self._batches.close()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+

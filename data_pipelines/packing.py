@@ -1,0 +1,238 @@
+"""From a prompt and its references to the rows of a Batch: padding, reference tokens, the time line, and the guidance branches.
+
+The visual sequence is, for each reference (images, then the video), [START, its latent tokens, END], and then the target: one
+time line, on which a boundary token takes one step and a block of latent frames one step each (SPEC 5).
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from data_pipelines.pixels import Patches, crop_to_tokens, letterbox, letterbox_size, read_clip, read_image, read_sampled
+from data_pipelines.prompts import EncodedPrompt, Prompter
+from data_pipelines.samples import Sample
+from data_pipelines.tasks import IMAGE_SIZED, NEGATIVE_IMAGE, NEGATIVE_VIDEO, VIDEO_SIZED, Task
+from vino_jax.batch import (
+    FRAMES_A_LATENT,
+    PIXELS_A_TOKEN,
+    ROLE_LATENT,
+    ROLE_MARKER,
+    TASKS,
+    Batch,
+    BucketSpec,
+    PackedTask,
+    latent_frames,
+    visual_tokens,
+)
+from vino_jax.errors import UserError
+
+Grid = tuple[int, int, int]  # latent frames, rows, columns of tokens
+
+MAX_FRAMES = 89
+SHIFT = (5.0, 7.0)  # of the flow time: pictures, clips
+GUIDANCE = (5.0, 7.0)  # of the text: pictures, clips
+
+
+def token_grid(frames: int, height: int, width: int) -> Grid:
+    """Tokens of a clip of that size in pixels, by dim; its product is `visual_tokens`."""
+    return latent_frames(frames), height // PIXELS_A_TOKEN, width // PIXELS_A_TOKEN
+
+
+def reference_sequence(grids: Sequence[Grid], offsets: Sequence[int], starts: Sequence[int],
+                       ends: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """The references' part of the context, in its order, and the target's first time step.
+
+    Args: by reference: token grid, place of its first token in the pool, prompt positions of its two boundary tokens.
+    Returns role (R,), source (R,), position (R, 3) int32, and target_start.
+    """
+    role, source, position, time = [], [], [], 0
+    for grid, offset, start, end in zip(grids, offsets, starts, ends, strict=True):
+        count = int(np.prod(grid))
+        inner = np.indices(grid).reshape(3, -1).T + [time + 1, 0, 0]
+        role.append(np.r_[ROLE_MARKER, np.full(count, ROLE_LATENT), ROLE_MARKER])
+        source.append(np.r_[start, np.arange(offset, offset + count), end])
+        position.append(np.concatenate([[[time, 0, 0]], inner, [[time + grid[0] + 1, 0, 0]]]))
+        time += grid[0] + 2
+    if not grids:
+        return np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 3), np.int32), 0
+    return *(np.concatenate(x).astype(np.int32) for x in (role, source, position)), time
+
+
+def pack_row(prompt: EncodedPrompt, grids: Sequence[Grid], offsets: Sequence[int], sizes: tuple[int, int, int], *, task: str, shift: float,
+             weight: float = 1.0, sample: int = 0) -> dict[str, np.ndarray]:
+    """One row of a Batch by field, without pixels, padded to `sizes` = (L prompt tokens, P patches, R reference tokens).
+
+    `grids` and `offsets` (into the pool) belong to the prompt's references, in its order. Raises UserError when the row does
+    not fit.
+    """
+    role, source, position, start = reference_sequence(grids, offsets, prompt.starts, prompt.ends)
+    needs, kinds = (len(prompt.ids), len(prompt.patches), len(role)), ("prompt tokens", "VLM patches", "reference tokens")
+    for need, room, what in zip(needs, sizes, kinds):
+        if need > room:
+            raise UserError(f"it needs {need} {what}, there is room for {room}")
+    length, patches, references = sizes
+    return {
+        "tokens": _padded(prompt.ids, length), "prompt_mask": np.arange(length) < len(prompt.ids),
+        "mrope": _padded(prompt.mrope, length, axis=1), "visual_index": _padded(prompt.visual_index, length, value=-1),
+        "patches": _padded(prompt.patches, patches), "patch_coords": _padded(prompt.coords, patches),
+        "patch_segment": _padded(prompt.segments, patches),
+        "role": _padded(role, references), "source": _padded(source, references), "position": _padded(position, references),
+        "target_start": np.int32(start), "shift": np.float32(shift), "task": np.int32(TASKS.index(task)), "weight": np.float32(weight),
+        "sample": np.int32(sample),
+    }
+
+
+def collate(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+    """A Batch of rows that were packed to the same sizes; `target`, `images`, `video` are None where the rows have none."""
+    return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+
+
+# --- training ---
+
+
+def pack_sample(sample: Sample, text: str, bucket: BucketSpec, prompter: Prompter, *, drop_images: bool = False,
+                shift: tuple[float, float] = SHIFT, index: int = 0, weight: float = 1.0) -> dict[str, np.ndarray]:
+    """A training row: the fields of `pack_row` plus target (F, H, W, 3), images (N, H, W, 3) and video (F, H, W, 3), uint8.
+
+    Reference images are letterboxed onto the bucket's canvas. With `drop_images` (condition dropout) they are absent from prompt
+    and context, all but a base image, and leave black slots, as do slots that the sample does not fill. `shift` is for pictures
+    and clips. Raises UserError, naming the sample and the bucket, when it does not fit.
+    """
+    images = sample.images[-1:] if drop_images and sample.base_image else () if drop_images else sample.images
+    try:
+        _check_fit(sample, images, bucket)
+        images = [letterbox(np.asarray(image), bucket.image_height, bucket.image_width) for image in images]
+        seen = [prompter.see_image(image) for image in images]
+        clip = prompter.see_clip(sample.video) if sample.video is not None else None
+        image_grid = token_grid(1, bucket.image_height, bucket.image_width)
+        image_tokens = visual_tokens(1, bucket.image_height, bucket.image_width)
+        grids, offsets = [image_grid] * len(images), [i * image_tokens for i in range(len(images))]
+        if clip is not None:
+            grids.append(token_grid(bucket.video_frames, bucket.video_height, bucket.video_width))
+            offsets.append(bucket.images * image_tokens)
+        row = pack_row(prompter.encode(text, seen, clip), grids, offsets, (bucket.prompt_tokens, bucket.patches, bucket.reference_tokens),
+                       task=sample.task, shift=shift[bucket.frames > 1], weight=weight, sample=index)
+    except UserError as error:
+        raise UserError(f"sample {sample.id!r} does not fit bucket {bucket.name!r}: {error}") from None
+    row["target"] = np.ascontiguousarray(sample.target)
+    if bucket.images:
+        row["images"] = np.zeros((bucket.images, bucket.image_height, bucket.image_width, 3), np.uint8)
+        row["images"][:len(images)] = images if images else 0
+    if bucket.video_frames:
+        row["video"] = (np.zeros((bucket.video_frames, bucket.video_height, bucket.video_width, 3), np.uint8) if sample.video is None
+                        else np.ascontiguousarray(sample.video))
+    return row
+
+
+def _check_fit(sample: Sample, images: Sequence[np.ndarray], bucket: BucketSpec) -> None:
+    want = (bucket.frames, bucket.height, bucket.width, 3)
+    if sample.target.shape != want:
+        raise UserError(f"its target is {sample.target.shape}, the bucket takes {want}")
+    if len(images) > bucket.images:
+        raise UserError(f"it has {len(images)} reference images, there are {bucket.images} slots")
+    want = (bucket.video_frames, bucket.video_height, bucket.video_width, 3)
+    if sample.video is not None and sample.video.shape != want:
+        raise UserError(f"its reference video is {sample.video.shape}, the bucket takes {want if bucket.video_frames else 'none'}")
+
+
+# --- sampling ---
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What is asked of the sampler beside the tasks. None: the reference's value for a picture or a clip."""
+
+    height: int = 480  # pixel budget of every reference, size of the target where no reference sets it
+    width: int = 848
+    num_frames: int = 85
+    seed: int = 0
+    guidance: float | None = None
+    image_guidance: float = 1.0
+    shift: float | None = None
+    negative_prompt: str | None = None
+    round_to: int = 64  # token counts are padded to multiples of this, so that few programs compile
+
+
+def pack_task(task: Task, prompter: Prompter, options: SamplingOptions) -> PackedTask:
+    """A task of a task file, its references read and letterboxed. Raises UserError, naming the task, for what cannot be read or
+    sizes that do not fit."""
+    try:
+        check_options(options)
+        budget = options.height * options.width
+        images = []
+        for path in task.images:
+            image = read_image(path)
+            images.append(letterbox(image, *letterbox_size(*image.shape[:2], budget)))
+        video = seen = None
+        if task.video is not None:
+            video = read_clip(task.video, options.num_frames, budget)
+            seen = prompter.see_sampled(read_sampled(task.video, prompter.limits.video_frames))
+        return _pack_branches(task.index, task.task, task.caption, images, video, seen, task.base_image, prompter, options)
+    except UserError as error:
+        raise UserError(f"task {task.index}: {error}") from None
+
+
+def pack_example(sample: Sample, text: str, prompter: Prompter, options: SamplingOptions,
+                 image_size: tuple[int, int] | None = None) -> PackedTask:
+    """The task that a data sample poses (its target is not used, but sets the size): for previews and evaluation.
+
+    Reference images are letterboxed onto `image_size` (height, width; as a bucket does), by default onto a size of their own.
+    """
+    frames, height, width = sample.target.shape[:3]
+    options = replace(options, height=height, width=width, num_frames=frames)
+    images = [letterbox(np.asarray(i), *(image_size or letterbox_size(*i.shape[:2], height * width))) for i in sample.images]
+    video = None if sample.video is None else crop_to_tokens(np.asarray(sample.video))
+    seen = None if video is None else prompter.see_clip(video)
+    return _pack_branches(sample.id, sample.task, text, images, video, seen, sample.base_image, prompter, options, (frames, height, width))
+
+
+def check_options(options: SamplingOptions) -> None:
+    """Raises UserError for sizes that no task can have."""
+    if options.height % PIXELS_A_TOKEN or options.width % PIXELS_A_TOKEN or min(options.height, options.width) < PIXELS_A_TOKEN:
+        raise UserError(f"height {options.height} and width {options.width} must be multiples of {PIXELS_A_TOKEN}")
+    if not 1 <= options.num_frames <= MAX_FRAMES or (options.num_frames - 1) % FRAMES_A_LATENT:
+        raise UserError(f"num_frames {options.num_frames} must be 4k+1 and at most {MAX_FRAMES}")
+
+
+def output_size(task: str, images: Sequence[np.ndarray], video: np.ndarray | None, options: SamplingOptions) -> tuple[int, int, int]:
+    """Frames, height, width of what `task` generates (SPEC 7), its references being letterboxed already."""
+    if task in VIDEO_SIZED:
+        return video.shape[:3]
+    frames = 1 if task.endswith("2i") or task == "ti2i_baseimg" else options.num_frames
+    height, width = images[-1].shape[:2] if task in IMAGE_SIZED else (options.height, options.width)
+    return frames, height, width
+
+
+def _pack_branches(index: str, task: str, text: str, images: list[np.ndarray], video: np.ndarray | None, clip: Patches | None, base: bool,
+                   prompter: Prompter, options: SamplingOptions, size: tuple[int, int, int] | None = None) -> PackedTask:
+    """Branches positive, negative and, where image guidance has images to drop, negative without them."""
+    frames, height, width = size or output_size(task, images, video, options)
+    is_clip = frames > 1
+    negative = options.negative_prompt if options.negative_prompt is not None else (NEGATIVE_IMAGE, NEGATIVE_VIDEO)[is_clip]
+    references = [image[None] for image in images] + ([video] if video is not None else [])
+    grids = [token_grid(*reference.shape[:3]) for reference in references]
+    offsets = np.cumsum([0, *(int(np.prod(grid)) for grid in grids)]).tolist()
+    seen = [prompter.see_image(image) for image in images]
+    every = list(range(len(references)))
+    plans = [(text, every), (negative, every)]
+    dropped = every[:len(images) - base] if images else []
+    image_guidance = options.image_guidance if dropped else 1.0
+    if image_guidance > 1.0:
+        plans.append((negative, every[len(dropped):]))
+    prompts = [prompter.encode(words, [seen[i] for i in kept if i < len(images)], clip) for words, kept in plans]
+    kept_tokens = [sum(int(np.prod(grids[i])) + 2 for i in kept) for _, kept in plans]
+    sizes = tuple(-(-max(counts) // options.round_to) * options.round_to
+                  for counts in ([len(p.ids) for p in prompts], [len(p.patches) for p in prompts], kept_tokens))
+    shift = options.shift if options.shift is not None else SHIFT[is_clip]
+    branches = tuple(collate([pack_row(p, [grids[i] for i in kept], [offsets[i] for i in kept], sizes, task=task, shift=shift)])
+                     for p, (_, kept) in zip(prompts, plans))
+    return PackedTask(
+        index=index, task=task, frames=frames, height=height, width=width, branches=branches, references=tuple(references), shift=shift,
+        guidance=options.guidance if options.guidance is not None else GUIDANCE[is_clip], image_guidance=image_guidance, seed=options.seed,
+        prompt=text)
+
+
+def _padded(x: np.ndarray, size: int, axis: int = 0, value: int = 0) -> np.ndarray:
+    width = [(0, 0)] * x.ndim
+    width[axis] = (0, size - x.shape[axis])
+    return np.pad(x, width, constant_values=value)

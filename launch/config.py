@@ -1,0 +1,66 @@
+"""Command line of the entry points that take a config file: --config FILE --config.KEY=VALUE ... and their own flags."""
+import argparse
+import ast
+import importlib.util
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from vino_jax.errors import UserError
+from vino_jax.settings import nearest
+
+
+def load_config(path: str, overrides: dict[str, str]) -> dict[str, Any]:
+    """get_config() of a Python file as plain nested dicts, with overrides by dotted key.
+
+    Raises UserError for a missing file, an unknown key (with the nearest name), or a value of another type.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise UserError(f"config file {path} does not exist")
+    spec = importlib.util.spec_from_file_location("vino_jax_config", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    for key, text in overrides.items():
+        _override(config, key, text)
+    return config.to_dict()
+
+
+def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
+    *parents, last = key.split(".")
+    node: Any = config
+    for i, name in enumerate([*parents, last]):
+        if not isinstance(node, ml_collections.ConfigDict) or name not in node:
+            known = node.keys() if isinstance(node, ml_collections.ConfigDict) else ()
+            raise UserError(f"unknown config key {'.'.join([*parents, last][:i + 1])!r}{nearest(name, known)}")
+        if name != last or i < len(parents):
+            node = node[name]
+    try:
+        value = text if isinstance(node[last], str) else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise UserError(f"config key {key!r} takes {type(node[last]).__name__}, not {text!r}") from None
+    if isinstance(node[last], float) and isinstance(value, int):
+        value = float(value)
+    try:
+        node[last] = value
+    except TypeError:
+        raise UserError(f"config key {key!r} takes {type(node[last]).__name__}, not {text!r}") from None
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The parser's own flags, and the config that --config and --config.KEY=VALUE (or --config.KEY VALUE) name."""
+    parser.add_argument("--config", required=True, help="config file; --config.KEY=VALUE overrides one of its keys")
+    flags, rest = parser.parse_known_args(argv)
+    overrides: dict[str, str] = {}
+    rest = list(rest)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--config."):
+            raise UserError(f"unknown flag {flag!r}; see --help")
+        key, found, value = flag.removeprefix("--config.").partition("=")
+        if not found and not rest:
+            raise UserError(f"flag {flag!r} needs a value")
+        overrides[key] = value if found else rest.pop(0)
+    return flags, load_config(flags.config, overrides)

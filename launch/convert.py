@@ -1,0 +1,197 @@
+"""PyTorch checkpoints to a model checkpoint and back.
+
+    python -m launch.convert import --output DIR [--vino vino.ckpt] [--mmdit DIR] [--vae DIR] [--vlm DIR] [--dtype bfloat16|float32]
+    python -m launch.convert export --checkpoint DIR --output DIR --format vino|diffusers
+    python -m launch.convert verify --checkpoint DIR --against PATH [PATH ...]
+"""
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from launch import cli
+from vino_jax.checkpoint import model as checkpoint
+from vino_jax.checkpoint.atomic import atomic_folder, check_empty
+from vino_jax.convert import configs, engine, parts
+from vino_jax.convert.io import SafetensorsWriter, write_pickle
+from vino_jax.errors import UserError
+from vino_jax.models.vino import Vino
+from vino_jax.nn.runtime import Runtime
+from vino_jax.settings import VinoConfig
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    jax.config.update("jax_platforms", "cpu")  # conversion leaves accelerators to others
+    args.command(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="launch.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    take = commands.add_parser("import", help="PyTorch files -> model checkpoint")
+    take.add_argument("--output", type=Path, required=True, help="the model checkpoint to write; must not hold anything yet")
+    take.add_argument("--vino", type=Path, help="vino.ckpt, or the same names as safetensors (a file or a folder)")
+    take.add_argument("--mmdit", type=Path, help="HunyuanVideo's folder of diffusers, or its transformer/")
+    take.add_argument("--vae", type=Path, help="HunyuanVideo's folder of diffusers, or its vae/")
+    take.add_argument("--vlm", type=Path, help="Qwen3-VL's folder of transformers, with its processor")
+    take.add_argument("--dtype", choices=("float32", "bfloat16"), help="of all arrays; by default each keeps its own")
+    take.add_argument("--queries", type=int, default=VinoConfig.queries, help="number of learnable queries where vino.ckpt has none")
+    take.set_defaults(command=import_parts)
+    give = commands.add_parser("export", help="model checkpoint -> PyTorch files")
+    give.add_argument("--checkpoint", type=Path, required=True)
+    give.add_argument("--output", type=Path, required=True, help="folder to write; must not hold anything yet")
+    give.add_argument("--format", choices=("vino", "diffusers"), required=True,
+                      help="vino: the names of vino.ckpt (no VAE), safetensors; diffusers: transformer/ vae/ vlm/ vino/ with their config.json")
+    give.add_argument("--ckpt", action="store_true", help="with --format vino: write vino.ckpt by torch.save, all of it in memory, for the reference code")
+    give.set_defaults(command=export_parts)
+    check = commands.add_parser("verify", help="compare a model checkpoint with PyTorch files, to the bit")
+    check.add_argument("--checkpoint", type=Path, required=True)
+    check.add_argument("--against", type=Path, nargs="+", required=True, help="vino.ckpt, HunyuanVideo's and Qwen3-VL's folders, or parts of them")
+    check.set_defaults(command=verify_parts)
+    return parser
+
+
+def import_parts(args: argparse.Namespace) -> None:
+    """import: everything that can be wrong with names and shapes is told before the output is touched."""
+    check_empty(args.output)
+    found = parts.find(parts.Given(args.vino, args.mmdit, args.vae, args.vlm), args.queries)
+    for note in found.notes:
+        _say(note)
+    plans = _plans(found.config, found, dict.fromkeys(found.sources, args.dtype))
+    engine.check(plans)
+    sums: dict[tuple[Path, ...], str] = {}
+    for source in found.sources.values():
+        if source.files not in sums:
+            _say(f"hashing {source.label}")
+            sums[source.files] = source.sha256()
+    info = {part: {"source": source.label, "sha256": sums[source.files]} for part, source in found.sources.items()}
+    left_out: dict[str, dict[str, np.ndarray]] = {part: {} for part in plans}
+    trees = {part: _told(part, plan, engine.import_leaves(plan, found.sources[part], left_out[part])) for part, plan in plans.items()}
+    checkpoint.save(args.output, trees, found.config, info, found.processor_files, left_out)
+    for part, entry in checkpoint.read_info(args.output).parts.items():
+        _say(f"{part}: {entry.parameters:,} parameters, {entry.dtype}, from {entry.source}")
+
+
+def export_parts(args: argparse.Namespace) -> None:
+    """export: the exact inverse of import, left-out tensors included."""
+    info = checkpoint.read_info(args.checkpoint)
+    if args.ckpt and args.format != "vino":
+        raise UserError("--ckpt goes with --format vino")
+    groups = parts.export_groups(info.parts, args.format)
+    if not any(groups.values()):
+        raise UserError(f"{args.checkpoint} has no part that --format {args.format} holds; it has {', '.join(info.parts)}")
+    if args.format == "vino" and "vae" in info.parts:
+        _say("vae: not part of vino.ckpt, left out (--format diffusers has it)")
+    with atomic_folder(args.output) as output:
+        for folder, members in groups.items():
+            _export_folder(args.checkpoint, info, output / folder, members, folder, args.ckpt)
+
+
+def _export_folder(directory: Path, info: checkpoint.ModelInfo, output: Path, members: list[str], kind: str, pickled: bool) -> None:
+    manifests, left_out, plans = {}, {}, {}
+    table = parts.tables(info.config)
+    for part in members:
+        kernel = configs.kernels(info.config).get(part, ())
+        leaves = info.parts[part].leaves
+        manifests[part] = engine.export_manifest(table[part], leaves, kernel)
+        plans[part] = engine.make_plan(table[part], checkpoint.nested(leaves), manifests[part])
+        left_out[part] = checkpoint.read_left_out(directory, part)
+    engine.check(plans)
+    named = parts.vino_name if kind in ("", "vino") else lambda part, name: name
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for part in members:
+            leaves = _told(part, plans[part], checkpoint.iter_arrays(directory, part, info))
+            for name, array in engine.export_tensors(plans[part], leaves):
+                yield named(part, name), array
+            for name, array in left_out[part].items():
+                yield named(part, name), array
+
+    output.mkdir(parents=True, exist_ok=True)
+    if pickled:
+        write_pickle(output / "vino.ckpt", tensors())
+        return
+    manifest = {named(part, name): entry for part in members for name, entry in manifests[part].items()}
+    manifest |= {named(part, name): (array.shape, array.dtype) for part in members for name, array in left_out[part].items()}
+    writer = SafetensorsWriter(output, manifest, "diffusion_pytorch_model" if kind in ("transformer", "vae") else "model")
+    for name, array in tensors():
+        writer.write(name, array)
+    writer.close()
+    _write_config(directory, info, output, kind)
+
+
+def _write_config(directory: Path, info: checkpoint.ModelInfo, output: Path, kind: str) -> None:
+    writers = {"transformer": lambda: configs.write_mmdit(info.config.mmdit), "vae": lambda: configs.write_vae(info.config.vae),
+               "vlm": lambda: configs.write_vlm(info.config.vlm, directory / "processor")}
+    if kind in writers:
+        (output / "config.json").write_text(json.dumps(writers[kind](), indent=2) + "\n")
+    if kind == "vlm" and (directory / "processor").is_dir():
+        shutil.copytree(directory / "processor", output, copy_function=shutil.copyfile, dirs_exist_ok=True)
+
+
+def verify_parts(args: argparse.Namespace) -> None:
+    """verify: every tensor of the files, in the dtype of the checkpoint, against what the checkpoint holds."""
+    info = checkpoint.read_info(args.checkpoint)
+    found = parts.find(parts.classify(args.against), info.config.queries)
+    for note in found.notes:
+        _say(note)
+    absent = [part for part in found.sources if part not in info.parts]
+    if absent:
+        raise UserError(f"{args.checkpoint} has no {', '.join(absent)}; it has {', '.join(info.parts)}")
+    plans = _plans(info.config, found, {part: info.parts[part].dtype for part in found.sources if info.parts[part].dtype != "mixed"})
+    engine.check(plans)
+    different, count = [], 0
+    for part, plan in plans.items():
+        source, entries = found.sources[part], {entry.path: entry for entry in plan.entries}
+        for path, array in _told(part, plan, checkpoint.iter_arrays(args.checkpoint, part, info)):
+            for name, ours in engine.export_leaf(entries[path], array):
+                count += 1
+                if not _same(ours, source.read(name)):
+                    different.append(f"{part} {name}")
+        kept = checkpoint.read_left_out(args.checkpoint, part)
+        for name in plan.left_out:
+            count += 1
+            if name not in kept or not _same(kept[name], source.read(name)):
+                different.append(f"{part} {name}")
+    if different:
+        raise UserError(f"{len(different)} of {count} tensors differ: {', '.join(different)}")
+    print(f"{count} tensors of {', '.join(plans)} are identical")
+
+
+def _same(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    return ours.shape == theirs.shape and ours.tobytes() == theirs.astype(ours.dtype, copy=False).tobytes()
+
+
+def _plans(config: VinoConfig, found: parts.Found, dtypes: Mapping[str, str | None]) -> dict[str, engine.Plan]:
+    abstract, table = Vino(config, Runtime()).abstract, parts.tables(config)
+    return {part: engine.make_plan(table[part], abstract[part], source.manifest, dtypes.get(part)) for part, source in found.sources.items()}
+
+
+def _told(part: str, plan: engine.Plan, leaves: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The leaves as they are, with a line of progress on stderr now and then: bytes, rate, time left."""
+    total = sum(entry.nbytes for entry in plan.entries)
+    start = last = time.monotonic()
+    done = 0
+    for path, leaf in leaves:
+        yield path, leaf
+        done += leaf.nbytes
+        now = time.monotonic()
+        if now - last > 5 and done:
+            left = (now - start) * (total - done) / done
+            _say(f"{part}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {done / 1e9 / (now - start):.2f} GB/s, {left:.0f} s left")
+            last = now
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

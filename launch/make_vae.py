@@ -1,0 +1,144 @@
+"""Trains the small VAE of the embedded default on shapes pictures and clips, and writes it as a diffusers folder.
+
+    python -m launch.make_vae [--output DIR] [--steps N] [--seed S]
+
+The same architecture as HunyuanVideo's VAE with SIZES below. Loss: L1 + KL_WEIGHT * KL (mean over latent elements), AdamW, cosine.
+Pictures (8 x 64 x 64) in two steps of three, a clip (9 x 64 x 64) in the third. The part is written every WRITE_EVERY steps, so a
+usable one exists early. Deterministic from the seed on one machine.
+"""
+import argparse
+import dataclasses
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from safetensors.numpy import save_file
+
+from data_pipelines import shapes
+from vino_jax.convert.configs import write_vae
+from vino_jax.convert.ops import PATCH
+from vino_jax.convert.tables.vae import table
+from vino_jax.models.vae import VAE
+from vino_jax.nn.module import Definition, Params
+from vino_jax.nn.runtime import Runtime
+from vino_jax.settings import VAEConfig
+
+SIZES = VAEConfig(block_widths=(16, 24, 32, 40), layers_per_block=1, norm_groups=2, scaling_factor=1.0)
+PART = Path("data_pipelines/shapes_parts/hunyuan/vae")
+SIDE = 64  # pixels
+KL_WEIGHT = 1e-4
+PEAK_RATE = 6e-4
+WRITE_EVERY = 150
+BATCHES = ((8, "t2i", 1), (8, "t2i", 1), (1, "t2v", 9))  # (clips, task, frames) of the steps, in turn
+
+VAE_PART = Definition(lambda rngs: VAE(SIZES, Runtime(), rngs=rngs))
+
+
+def pixels(seed: int, first: int, count: int, task: str, frames: int) -> np.ndarray:
+    """Samples first..first+count-1 of the stream `seed`: (count, frames, SIDE, SIDE, 3) float32 in [-1, 1]."""
+    clips = [shapes.sample(seed, first + i, task, frames, SIDE, SIDE).target for i in range(count)]
+    return np.stack(clips).astype(np.float32) / 127.5 - 1.0
+
+
+def loss(params: Params, pixels_BFHWC: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(L1 + KL_WEIGHT * KL, L1) of one batch, with a sample of the posterior."""
+    vae = VAE_PART(params)
+    mean, logvar = jnp.split(vae.encode(pixels_BFHWC), 2, axis=-1)
+    latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    l1 = jnp.mean(jnp.abs(vae.decode(latents) - pixels_BFHWC))
+    kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+    return l1 + KL_WEIGHT * kl, l1
+
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99), optax.add_decayed_weights(1e-4))
+
+
+@partial(jax.jit, donate_argnums=(0, 1))
+def train_step(params: Params, state: optax.OptState, pixels_BFHWC: jax.Array, key: jax.Array, rate: jax.Array):
+    """One update at the rate: (params, optimizer state, L1)."""
+    gradient, l1 = jax.grad(loss, has_aux=True)(params, pixels_BFHWC, key)
+    updates, state = OPTIMIZER.update(gradient, state, params)
+    return jax.tree.map(lambda p, u: p - rate * u, params, updates), state, l1
+
+
+@jax.jit
+def reconstruct(params: Params, pixels_BFHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(latents, unscaled posterior mode; pixels clipped to [-1, 1])."""
+    vae = VAE_PART(params)
+    latents = jnp.split(vae.encode(pixels_BFHWC), 2, axis=-1)[0]
+    return latents, jnp.clip(vae.decode(latents), -1.0, 1.0)
+
+
+def to_torch(params: Params) -> dict[str, np.ndarray]:
+    """diffusers' names and layouts, float16 (under 2.5 MB; its 11 bits of mantissa cost no visible quality)."""
+    tensors = {}
+    for rule in table(SIZES).rules:
+        leaf = params
+        for name in rule.jax.split("/"):
+            leaf = leaf[name]
+        array = np.asarray(leaf)
+        shape = (*array.T.shape, 1, 1, 1) if rule.op is PATCH else array.shape
+        tensors[rule.torch] = np.ascontiguousarray(rule.op.to_torch(array, shape)).astype(np.float16)
+    return tensors
+
+
+def write(directory: Path, params: Params, scaling_factor: float) -> None:
+    """config.json and diffusion_pytorch_model.safetensors, as diffusers' AutoencoderKLHunyuanVideo.from_pretrained reads them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = write_vae(dataclasses.replace(SIZES, scaling_factor=round(scaling_factor, 6)))
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(to_torch(params), directory / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+def measure(params: Params, seed: int, counts: dict[tuple[str, int], int]) -> tuple[dict[str, float], float]:
+    """(mean PSNR in dB of reconstructions by kind, scaling factor 1/std of all latents) on `counts` samples of (task, frames)."""
+    psnr, latents = {}, []
+    for (task, frames), count in counts.items():
+        values = []
+        for i in range(0, count, 4):
+            batch = pixels(seed, i, 4, task, frames)
+            z, out = (np.asarray(x) for x in reconstruct(params, batch))
+            latents.append(z.ravel())
+            values += list(10 * np.log10(4.0 / np.mean(np.square(out - batch), axis=(1, 2, 3, 4))))
+        psnr[f"{task}{frames}"] = float(np.mean(values))
+    return psnr, float(1.0 / np.std(np.concatenate(latents)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=PART)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    key = jax.random.key(args.seed)
+    params = VAE_PART.init(key)
+    # Noise of standard deviation 1 on untrained latents would drown what they say: start with little.
+    logvar = jnp.arange(2 * SIZES.latent_channels) >= SIZES.latent_channels
+    params["quant_conv"]["bias"] = jnp.where(logvar, -6.0, params["quant_conv"]["bias"])
+    state = OPTIMIZER.init(params)
+    rate = optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, min(50, args.steps // 4), args.steps, PEAK_RATE / 100)
+    start, seen = time.perf_counter(), 0
+    for step in range(args.steps):
+        count, task, frames = BATCHES[step % len(BATCHES)]
+        batch = pixels(args.seed, seen, count, task, frames)
+        seen += count
+        params, state, l1 = train_step(params, state, batch, jax.random.fold_in(key, step), rate(step))
+        if step % 30 < len(BATCHES):
+            print(f"step {step} {task} l1 {float(l1):.4f} {time.perf_counter() - start:.0f} s", flush=True)
+        if (step + 1) % WRITE_EVERY == 0 and step + 1 < args.steps:
+            psnr, scale = measure(params, shapes.held_out(args.seed), {("t2i", 1): 8})
+            write(args.output, params, scale)
+            print(f"step {step + 1} PSNR {psnr} scaling_factor {scale:.4f}", flush=True)
+    stored = jax.tree.map(lambda p: p.astype(jnp.float16).astype(jnp.float32), params)
+    psnr, scale = measure(stored, shapes.held_out(args.seed), {("t2i", 1): 64, ("t2v", 9): 32, ("t2v", 17): 16})
+    write(args.output, params, scale)
+    print(json.dumps({"psnr": psnr, "scaling_factor": scale, "seconds": round(time.perf_counter() - start)}))
+
+
+if __name__ == "__main__":
+    main()

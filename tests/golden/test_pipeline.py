@@ -1,0 +1,55 @@
+"""The whole way of the reference: its checkpoint imported, its task files read, text and pictures to latents and pixels.
+
+Runs the code behind `launch.convert import` and `launch.sample` on the goldens of ../shared.
+"""
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from launch import convert, sample
+from tests.tolerances import GOLDEN_IMAGE_REL, GOLDEN_VIDEO_REL
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+GOLDEN = SHARED / "golden"
+pytestmark = pytest.mark.skipif(not (GOLDEN / "pipeline.npz").is_file(), reason="needs the goldens and samples of ../shared, which is absent")
+
+TOLERANCE = {"t2i": GOLDEN_IMAGE_REL, "i2v": GOLDEN_IMAGE_REL, "tiv2v": GOLDEN_VIDEO_REL}
+PIXEL_GREY = {"t2i": 1.0, "i2v": 1.0, "tiv2v": 4.0}  # mean difference of the written pictures and clips, in grey levels
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The goldens' weights in the published layout, imported."""
+    folder = tmp_path_factory.mktemp("golden")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["published.py", str(GOLDEN / "pipeline.json"), str(folder / "published")])
+        runpy.run_path(str(GOLDEN / "published.py"))
+        source, hunyuan = folder / "published", folder / "published" / "hunyuan"
+        patch.setattr(sys, "argv", ["convert", "import", "--output", str(folder / "model"), "--vino", str(source / "vino.ckpt"),
+                                    "--mmdit", str(hunyuan), "--vae", str(hunyuan), "--vlm", str(source / "qwen3vl")])
+        convert.main()
+    return folder / "model"
+
+
+@pytest.mark.parametrize("case", TOLERANCE)
+def test_latents_are_the_references(case, checkpoint, tmp_path):
+    golden = {name.partition("/")[2]: array for name, array in np.load(GOLDEN / "pipeline.npz").items() if name.startswith(case + "/")}
+    setup = json.loads((GOLDEN / "pipeline.json").read_text())["cases"][case]
+    task = json.loads((SHARED / "samples" / setup["json"]).read_text())[setup["index"]]
+    (tmp_path / "tasks.json").write_text(json.dumps([task]))
+    np.savez(tmp_path / "noise.npz", **{task["index"]: golden["noise"]})
+    height, width = setup["hw"]
+    flags = {"checkpoint": checkpoint, "tasks": tmp_path / "tasks.json", "output": tmp_path / "out", "root": SHARED / "samples",
+             "height": height, "width": width, "num_frames": setup["frames"] if setup["frames"] > 1 else 9, "steps": setup["steps"],
+             "image_guidance": setup["guidance_image"], "dtype": "float32", "posterior": "mode", "initial_noise": tmp_path / "noise.npz"}
+    assert sample.main([f"--{name}={value}" for name, value in flags.items()] + ["--save_latents"]) == 0
+    latents = np.load(tmp_path / "out" / f"{task['index']}.npz")["latents"]
+    assert latents.shape == golden["latents"].shape
+    relative = np.abs(latents - golden["latents"]).max() / np.abs(golden["latents"]).max()
+    print(f"{case}: latents differ by {relative:.2e} of the largest value")
+    assert relative < TOLERANCE[case]

@@ -1,0 +1,97 @@
+"""launch.sample with a tiny random checkpoint: what it writes, what it keeps, how it ends."""
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import models
+from launch import cli, sample
+from tests.data.folders import SMALL_VLM
+from vino_jax.checkpoint import model as checkpoint
+from vino_jax.models.vino import Vino
+from vino_jax.nn.runtime import Runtime
+from vino_jax.settings import VinoConfig, build
+
+SAMPLING = {"height": 32, "width": 48, "num_frames": 5, "steps": 2, "guidance_image": 3.0}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Looks like a finished training run: the model checkpoint is in model/."""
+    folder, rng = tmp_path_factory.mktemp("run"), np.random.default_rng(0)
+    config = build(VinoConfig, models.tiny())
+    params = jax.tree.map(lambda x: (0.1 * rng.standard_normal(x.shape)).astype(np.float32), Vino(config, Runtime()).abstract)
+    checkpoint.save(folder / "model", params, config, processor_files=SMALL_VLM.glob("*.json"), sampling=SAMPLING)
+    return folder
+
+
+def run(*argv: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: sample.main([str(a) for a in argv]))
+    return ended.value.code
+
+
+def test_tasks_are_written_kept_and_marked_as_failed(workdir, tmp_path, capsys):
+    tasks = [{"index": "one", "task": "t2i", "caption": "a red circle"}, {"index": 2, "task": "ti2i", "caption": "make it blue", "ref_image_paths": ["no.png"]},
+             {"index": "three", "task": "t2i", "caption": "a blue square"}]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    out = tmp_path / "out"
+    command = ("--checkpoint", workdir, "--tasks", tmp_path / "tasks.json", "--output", out, "--save_latents", "--batch", 2)
+    assert run(*command) == 1
+    told = capsys.readouterr()
+    assert "index 2" in told.err and "no.png" in told.err and told.err.count("\n") == 1
+    assert "3 tasks: 2 written, 0 kept, 1 failed" in told.out and "three: t2i 1x32x48" in told.out
+    assert sorted(p.name for p in out.iterdir()) == ["one.npz", "one.png", "three.npz", "three.png"]
+    with Image.open(out / "one.png") as image:
+        assert image.size == (48, 32) and image.text["prompt"] == "a red circle" and image.text["seed"] == "0"
+    latents = np.load(out / "one.npz")["latents"]
+    assert latents.shape == (1, 4, 1, 4, 6) and latents.dtype == np.float32
+
+    written = (out / "one.png").stat().st_mtime_ns
+    (out / "three.npz").unlink()  # without its latents it is not finished
+    assert run(*command, "--batch", 1) == 1
+    assert "3 tasks: 1 written, 1 kept, 1 failed" in capsys.readouterr().out
+    assert (out / "one.png").stat().st_mtime_ns == written and (out / "three.npz").exists()
+
+
+def test_initial_noise_and_overwrite(workdir, tmp_path, capsys):
+    tasks = [{"index": i, "task": "t2i", "caption": "a red circle"} for i in ("a", "b", "c")]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    noise = np.random.default_rng(0).standard_normal((1, 4, 1, 4, 6)).astype(np.float32)
+    np.savez(tmp_path / "noise.npz", a=noise, b=noise[..., ::-1])
+    out = tmp_path / "out"
+    command = ("--checkpoint", workdir / "model", "--tasks", tmp_path / "tasks.json", "--output", out, "--save_latents", "--steps", 1)
+    assert run(*command, "--initial_noise", tmp_path / "noise.npz") == 1
+    assert "task c: " in capsys.readouterr().err
+    a, b = (np.load(out / f"{i}.npz")["latents"] for i in "ab")
+    assert np.abs(a - b).max() > 0.1
+    assert run(*command, "--overwrite", "--seed", 1) == 0
+    assert "3 written, 0 kept, 0 failed" in capsys.readouterr().out
+    assert np.abs(np.load(out / "a.npz")["latents"] - a).max() > 0.1
+
+
+@pytest.mark.parametrize("extra, words", [
+    (("--stepz", 3), "unrecognized arguments: --stepz 3"),
+    (("--steps", "many"), "invalid int value: 'many'"),
+    (("--steps", 0), "--steps 0 must be at least 1"),
+    (("--height", 50), "height 50 and width 48 must be multiples of 16"),
+    (("--num_frames", 8), "num_frames 8 must be 4k+1"),
+    (("--dtype", "float8"), "invalid choice: 'float8'"),
+    (("--mesh", "date=2"), "unknown mesh axis 'date'"),
+    (("--initial_noise", "nothing.npz"), "cannot read the initial noise nothing.npz"),
+    (("--tasks", "nothing.json"), "cannot read the task file nothing.json"),
+    (("--checkpoint", "nothing"), "nothing is no model checkpoint"),
+])
+def test_wrong_flags_and_files_end_with_2_and_one_line(extra, words, workdir, tmp_path, capsys):
+    (tmp_path / "tasks.json").write_text(json.dumps([{"index": 1, "task": "t2i", "caption": "x"}]))
+    assert run("--checkpoint", workdir, "--tasks", tmp_path / "tasks.json", "--output", tmp_path / "out", *extra) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: ") and told.err.count("\n") == 1 and words in told.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_flag_is_named(capsys):
+    assert run("--tasks", "x.json") == 2
+    assert capsys.readouterr().err == "error: the following arguments are required: --checkpoint, --output; see --help\n"

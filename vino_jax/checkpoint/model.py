@@ -1,0 +1,256 @@
+"""A model checkpoint: what `launch.convert` writes, training starts from, sampling and evaluation read.
+
+    DIR/model.json             architecture, and for every part: source, sha256, parameter count, dtype, its leaves
+    DIR/arrays/<part>/<n>/     Orbax, a group of whole leaves each, so that a part is written leaf by leaf in bounded memory
+    DIR/left_out/<part>.safetensors   PyTorch tensors that the part's table leaves out, for export
+    DIR/processor/             tokenizer and image processor files
+
+A checkpoint is written beside its place as DIR.incomplete and renamed at the end: what has the name is whole.
+"""
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import load_file, save_file
+
+from vino_jax.checkpoint.atomic import atomic_folder
+from vino_jax.errors import UserError
+from vino_jax.nn.module import Params
+from vino_jax.settings import VinoConfig, build
+
+FORMAT = 1
+GROUP_BYTES = 1 << 30  # leaves are gathered to about this size before they are written; a larger leaf is a group of its own
+Leaves = Iterable[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """shape, dtype and the group of arrays/ that holds it (-1: no elements, nothing stored)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    group: int
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """Where a part came from. sha256: of its source files, "" where there is none; dtype: that of its arrays ("mixed")."""
+
+    source: str
+    sha256: str
+    parameters: int
+    dtype: str
+    leaves: dict[str, Leaf] = field(repr=False, default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What model.json says."""
+
+    config: VinoConfig
+    parts: dict[str, PartInfo]
+    sampling: dict[str, Any] = field(default_factory=dict)  # defaults of sampling that are this model's own
+
+
+def save(directory: str | Path, parts: Mapping[str, Params | Leaves], config: VinoConfig, info: Mapping[str, Mapping[str, str]] | None = None,
+         processor_files: Iterable[str | Path] = (), left_out: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+         sampling: Mapping[str, Any] | None = None) -> None:
+    """Write a model checkpoint.
+
+    parts: name -> nested dict of arrays (numpy, or jax arrays under any sharding), or an iterable of (slash-joined path, array),
+    which is consumed a group at a time. info: name -> {"source", "sha256"}. left_out: name -> torch name -> array; may be filled
+    while the iterables run. sampling: JSON values for ModelInfo.sampling. On several hosts call it on every one, with the same parts.
+    Raises UserError where `directory` already holds something or cannot be written.
+    """
+    directory = Path(directory).absolute()
+    if not parts:
+        raise UserError(f"nothing to write to {directory}: no part was given")
+    info = info or {}
+    with atomic_folder(directory) as folder:
+        described = {}
+        for name, tree in parts.items():
+            leaves = _write_part(folder / "arrays" / name, _leaves(tree) if isinstance(tree, Mapping) else tree)
+            source = info.get(name, {})
+            count = sum(math.prod(leaf.shape) for leaf in leaves.values())
+            described[name] = PartInfo(source.get("source", ""), source.get("sha256", ""), count, _dtype(leaves), leaves)
+        if jax.process_index() == 0:
+            _write_rest(folder, ModelInfo(config, described, dict(sampling or {})), processor_files, left_out or {})
+
+
+def read_info(directory: str | Path) -> ModelInfo:
+    """What the checkpoint holds, without reading arrays. Raises UserError where there is no whole checkpoint."""
+    path = Path(directory) / "model.json"
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no model checkpoint: it has no model.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise UserError(f"{path} has format {data.get('format') if isinstance(data, dict) else None}, this program reads format {FORMAT}")
+    try:
+        config = build(VinoConfig, data["config"])
+        parts = {}
+        for name, part in data["parts"].items():
+            leaves = {p: Leaf(tuple(shape), dtype, group) for p, (shape, dtype, group) in part.pop("leaves").items()}
+            parts[name] = PartInfo(**part, leaves=leaves)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
+    return ModelInfo(config, parts, data.get("sampling", {}))
+
+
+def restore(directory: str | Path, abstract: Mapping[str, Params], config: VinoConfig | None = None) -> dict[str, Params]:
+    """The parts named in `abstract` ({part: nested dict of ShapeDtypeStructs}), each array read straight onto the sharding of
+    its struct (the default device where it has none) in the dtype of its struct.
+
+    config: where given, the checkpoint must have been written for it. Raises UserError, before arrays are read, that names the
+    missing parts, or the first field or array that differs.
+    """
+    directory, info = Path(directory).absolute(), read_info(directory)
+    if config is not None:
+        check_config(directory, info, config)
+    missing = [name for name in abstract if name not in info.parts]
+    if missing:
+        raise UserError(f"{directory} has no {', '.join(missing)} (it has {', '.join(info.parts)}); import what is missing with launch.convert")
+    wanted = {name: dict(_leaves(tree)) for name, tree in abstract.items()}
+    for name, leaves in wanted.items():
+        _check_leaves(directory, name, info.parts[name].leaves, leaves)
+    return {name: nested(_read_part(directory / "arrays" / name, info.parts[name].leaves, leaves)) for name, leaves in wanted.items()}
+
+
+def iter_arrays(directory: str | Path, part: str, info: ModelInfo) -> Iterator[tuple[str, np.ndarray]]:
+    """(slash-joined path, array as it is stored) of a whole part, on the host, a group at a time."""
+    stored = info.parts[part].leaves
+    cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    for number in sorted({leaf.group for leaf in stored.values()}):
+        wanted = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype), sharding=cpu)
+                  for path, leaf in stored.items() if leaf.group == number}
+        for path, array in _read_part(Path(directory).absolute() / "arrays" / part, stored, wanted).items():
+            yield path, np.asarray(array)
+
+
+def read_left_out(directory: str | Path, part: str) -> dict[str, np.ndarray]:
+    """The PyTorch tensors of a part that have no leaf of ours, bit for bit."""
+    path = Path(directory) / "left_out" / f"{part}.safetensors"
+    return load_file(path) if path.exists() else {}
+
+
+def processor_folder(directory: str | Path) -> Path:
+    """Where the tokenizer and processor files lie. Raises UserError where the checkpoint was made without them."""
+    folder = Path(directory) / "processor"
+    if not folder.is_dir():
+        raise UserError(f"{directory} has no processor files; import it with --vlm, whose folder has them")
+    return folder
+
+
+def check_config(directory: str | Path, info: ModelInfo, config: VinoConfig) -> None:
+    """Raises UserError that names the first field in which the checkpoint's architecture is not `config`."""
+    ours, theirs = (dict(_leaves(dataclasses.asdict(c))) for c in (config, info.config))
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise UserError(f"{directory} was written for another architecture: {name.replace('/', '.')} is {theirs[name]} there, {value} here")
+
+
+def nested(flat: Mapping[str, Any]) -> Params:
+    """{slash-joined path: leaf} -> nested dict."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _write_part(folder: Path, leaves: Leaves) -> dict[str, Leaf]:
+    described: dict[str, Leaf] = {}
+    group: dict[str, Any] = {}
+    size = count = 0
+    for path, array in leaves:
+        if path in described:
+            raise ValueError(f"{path} was given twice")
+        if group and size + array.nbytes > GROUP_BYTES:
+            _save(folder / str(count), group)
+            group, size, count = {}, 0, count + 1
+        described[path] = Leaf(tuple(array.shape), jnp.dtype(array.dtype).name, count if array.size else -1)
+        if array.size:  # Orbax cannot store arrays without elements
+            group[path] = array
+            size += array.nbytes
+        del array
+    if group:
+        _save(folder / str(count), group)
+    return described
+
+
+def _save(folder: Path, group: dict[str, Any]) -> None:
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # weights hardly shrink, and zstd is four times slower than the disk
+    with context:
+        ocp.save(folder, group)
+
+
+def _read_part(folder: Path, stored: Mapping[str, Leaf], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    groups: dict[int, dict[str, jax.ShapeDtypeStruct]] = {}
+    for path, struct in wanted.items():
+        target = jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=getattr(struct, "sharding", None) or default)
+        groups.setdefault(stored[path].group, {})[path] = target
+    arrays: dict[str, jax.Array] = {path: jnp.zeros(s.shape, s.dtype, device=s.sharding) for path, s in groups.pop(-1, {}).items()}
+    for number, targets in sorted(groups.items()):
+        others = [path for path, leaf in stored.items() if leaf.group == number and path not in targets]
+        try:
+            arrays.update(ocp.load(folder / str(number), {**targets, **dict.fromkeys(others, ocp.PLACEHOLDER)}))
+        except Exception as error:  # Orbax raises bare Exceptions for data that is cut off; only those that speak of storage are the user's
+            if isinstance(error, (OSError, ocp.errors.InvalidLayoutError)) or "tensorstore" in str(error).lower():
+                raise UserError(f"{folder / str(number)} is damaged or incomplete; copy or import the checkpoint again") from error
+            raise
+    return {path: arrays[path] for path in wanted}
+
+
+def _write_rest(folder: Path, info: ModelInfo, processor_files: Iterable[str | Path], left_out: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    for part, tensors in left_out.items():
+        if tensors:
+            (folder / "left_out").mkdir(exist_ok=True)
+            save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / "left_out" / f"{part}.safetensors")
+    for file in processor_files:
+        (folder / "processor").mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / "processor" / Path(file).name)
+    data = {"format": FORMAT, "config": dataclasses.asdict(info.config), "sampling": info.sampling, "parts": {}}
+    for name, part in info.parts.items():
+        leaves = {path: [list(leaf.shape), leaf.dtype, leaf.group] for path, leaf in part.leaves.items()}
+        data["parts"][name] = {**dataclasses.asdict(part), "leaves": leaves}
+    (folder / "model.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _check_leaves(directory: Path, part: str, stored: Mapping[str, Leaf], wanted: Mapping[str, Any]) -> None:
+    where = f"{directory} was written for another architecture: {part}"
+    for path in [*wanted, *stored]:
+        if path not in stored:
+            raise UserError(f"{where} lacks {path}")
+        if path not in wanted:
+            raise UserError(f"{where} has {path}, which the model does not")
+        if stored[path].shape != tuple(wanted[path].shape):
+            raise UserError(f"{where}/{path} is {list(stored[path].shape)} there, {list(wanted[path].shape)} here")
+
+
+def _dtype(leaves: Mapping[str, Leaf]) -> str:
+    kinds = {leaf.dtype for leaf in leaves.values()}
+    return kinds.pop() if len(kinds) == 1 else "mixed"

@@ -1,0 +1,183 @@
+"""Conversion of one part by its table, in both directions, one of our leaves at a time.
+
+A plan is made from names, shapes and dtypes alone: everything that is wrong is known before a byte is read.
+"""
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from vino_jax.convert.ops import PATCH, Op
+from vino_jax.convert.rules import Table
+from vino_jax.errors import UserError
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+Manifest = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # PyTorch name -> (shape, dtype)
+
+
+class Source(Protocol):
+    """Tensors by their PyTorch names, read when asked for."""
+
+    manifest: Manifest
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Our leaf `path` and the tensors that it is made of: one, or one a layer where `stacked`. shape, dtype: of the leaf."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    op: Op
+    names: tuple[str, ...]
+    torch_shape: tuple[int, ...]  # of each tensor
+    stacked: bool
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """entries: all leaves. left_out: PyTorch names that are present and have no leaf. problems: why it cannot be carried out."""
+
+    entries: tuple[Entry, ...]
+    left_out: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def make_plan(table: Table, abstract: Mapping[str, Any], manifest: Manifest, dtype: str | None = None) -> Plan:
+    """How the tensors of `manifest` fill the tree `abstract` (nested dict of things with a shape).
+
+    dtype: of all leaves; by default each keeps that of its tensors. Nothing is raised here: see `check`.
+    """
+    leaves, problems, entries = flatten(abstract), [], []
+    used: dict[str, str] = {}  # PyTorch name -> our path
+    for rule, path, names in _rules(table, leaves, problems):
+        for name in names:
+            if name in used:
+                problems.append(f"{name} is mapped to both {used[name]} and {path}")
+            used[name] = path
+        present = [name for name in names if name in manifest]
+        problems += [f"{name} is missing (for {path})" for name in names if name not in manifest]
+        stacked = "{i}" in rule.torch
+        shape = tuple(leaves[path].shape)
+        before = len(problems)
+        for name in present:
+            problems += _mismatch(name, manifest[name], rule.op, shape[1:] if stacked else shape, path)
+        kinds = {manifest[name][1] for name in present}
+        if dtype is None and len(kinds) > 1 and len(problems) == before:
+            problems.append(f"{path} is made of tensors of several dtypes ({', '.join(sorted(map(str, kinds)))}); name one with --dtype")
+        kind = DTYPES[dtype] if dtype else next(iter(kinds), DTYPES["float32"])
+        entries.append(Entry(path, shape, kind, rule.op, names, manifest[present[0]][0] if present else (), stacked))
+    left_out = tuple(name for name in manifest if name not in used and any(re.fullmatch(rule.torch, name) for rule in table.left_out))
+    problems += [f"{name} is not known" for name in manifest if name not in used and name not in left_out]
+    return Plan(tuple(entries), left_out, tuple(problems))
+
+
+def check(plans: Mapping[str, Plan]) -> None:
+    """Raises one UserError with every problem of every part."""
+    problems = [f"{part}: {problem}" for part, plan in plans.items() for problem in plan.problems]
+    if problems:
+        raise UserError(f"cannot convert, {len(problems)} problem{'s' * (len(problems) > 1)}: {'; '.join(problems)}")
+
+
+def import_leaves(plan: Plan, source: Source, left_out: MutableMapping[str, np.ndarray] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """(our path, array) of every leaf, read one at a time; what the table leaves out is put into `left_out`.
+
+    Raises UserError for a tensor that holds NaN.
+    """
+    for entry in plan.entries:
+        if entry.stacked:
+            leaf = np.empty(entry.shape, entry.dtype)
+            for i, name in enumerate(entry.names):
+                leaf[i] = _converted(source, name, entry)
+        else:
+            leaf = np.ascontiguousarray(_converted(source, entry.names[0], entry))
+        yield entry.path, leaf
+        del leaf
+    for name in plan.left_out if left_out is not None else ():
+        left_out[name] = np.array(source.read(name))
+
+
+def export_manifest(table: Table, leaves: Mapping[str, Any], kernel: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """PyTorch names, shapes and dtypes of a tree of ours, {path: thing with shape and dtype}.
+
+    kernel: of the part's convolutions that we hold as products (PATCH), which our shape alone does not tell.
+    """
+    problems: list[str] = []
+    manifest = {}
+    for rule, path, names in _rules(table, leaves, problems):
+        shape, kind = tuple(leaves[path].shape), DTYPES[str(leaves[path].dtype)]
+        placeholder = np.broadcast_to(np.zeros((), np.bool_), shape[1:] if "{i}" in rule.torch else shape)
+        if rule.op is PATCH:
+            torch_shape = (shape[-1], shape[-2] // math.prod(kernel), *kernel)
+        else:
+            torch_shape = rule.op.to_torch(placeholder, placeholder.shape).shape
+        manifest.update(dict.fromkeys(names, (torch_shape, kind)))
+    if problems:
+        raise UserError(f"cannot export: {'; '.join(problems)}")
+    return manifest
+
+
+def export_leaf(entry: Entry, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """(PyTorch name, array) of the tensors of one leaf, contiguous."""
+    for name, array in zip(entry.names, leaf if entry.stacked else [leaf]):
+        yield name, np.ascontiguousarray(entry.op.to_torch(array, entry.torch_shape))
+
+
+def export_tensors(plan: Plan, leaves: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """(PyTorch name, array) for (our path, array), one leaf at a time, the inverse of import_leaves."""
+    entries = {entry.path: entry for entry in plan.entries}
+    for path, leaf in leaves:
+        yield from export_leaf(entries[path], leaf)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {slash-joined path: leaf}."""
+    flat = {}
+    for name, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
+    return flat
+
+
+def _rules(table: Table, leaves: Mapping[str, Any], problems: list[str]) -> Iterator[tuple[Any, str, tuple[str, ...]]]:
+    """(rule, path, PyTorch names) for every rule that has a leaf; what does not match on our side goes to `problems`."""
+    seen = set()
+    for rule in table.rules:
+        if rule.jax not in leaves:
+            problems.append(f"the table names {rule.jax}, which the model does not have")
+        elif rule.jax in seen:
+            problems.append(f"{rule.jax} is mapped twice")
+        else:
+            seen.add(rule.jax)
+            layers = leaves[rule.jax].shape[0] if "{i}" in rule.torch else None
+            yield rule, rule.jax, (rule.torch,) if layers is None else tuple(rule.torch.replace("{i}", str(i)) for i in range(layers))
+    problems += [f"{path} of the model has no rule" for path in leaves if path not in seen]
+
+
+def _mismatch(name: str, found: tuple[tuple[int, ...], np.dtype], op: Op, shape: tuple[int, ...], path: str) -> list[str]:
+    torch_shape, kind = found
+    if kind not in DTYPES.values():
+        return [f"{name} is {kind}, not {', '.join(DTYPES)}"]
+    try:
+        ours = tuple(op.shape(torch_shape))
+    except (IndexError, ValueError):
+        ours = None  # too few dims for this operation
+    if ours != shape:
+        return [f"{name} has shape {list(torch_shape)}, which does not fill {path} {list(shape)}"]
+    return []
+
+
+def _converted(source: Source, name: str, entry: Entry) -> np.ndarray:
+    array = source.read(name)
+    if np.isnan(array).any():
+        raise UserError(f"{name} holds NaN")
+    return entry.op.to_jax(array.astype(entry.dtype, copy=False))

@@ -1,0 +1,42 @@
+"""Device meshes with the axes ("data", "fsdp", "seq", "tensor")."""
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from vino_jax.errors import UserError
+from vino_jax.settings import nearest
+from vino_jax.sharding.axes import MESH_AXES
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """ "data=2,seq=4" -> {"data": 2, "seq": 4}. Raises UserError for anything else."""
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in MESH_AXES:
+            raise UserError(f"unknown mesh axis {name!r} in {text!r}{nearest(name, MESH_AXES)}")
+        if not size.lstrip("-").isdigit():
+            raise UserError(f"mesh axis {name!r} in {text!r} needs a whole number, as in {name}=2")
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh of all four axes; absent ones have size 1, one may be -1 (what is left of the devices).
+
+    Raises UserError when the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    for name in sizes:
+        if name not in MESH_AXES:
+            raise UserError(f"unknown mesh axis {name!r}{nearest(name, MESH_AXES)}")
+    shape = [sizes.get(name, 1) for name in MESH_AXES]
+    known = math.prod(s for s in shape if s != -1)
+    if shape.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        shape[shape.index(-1)] = len(devices) // known
+    if min(shape) < 1 or math.prod(shape) != len(devices):
+        wanted = ",".join(f"{n}={sizes.get(n, 1)}" for n in MESH_AXES)
+        raise UserError(f"mesh {wanted} does not fit {len(devices)} devices: its sizes must multiply to that number (one may be -1)")
+    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)

@@ -1,0 +1,72 @@
+"""From logical axes to NamedShardings: refuses unknown names and, on TPU, shards that break its tiles; tells bytes a device.
+
+A small leaf that a mesh axis does not divide (a 3-channel kernel) is left whole; a large one is refused. `describe` tells
+what is replicated because of it.
+"""
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vino_jax.errors import UserError
+from vino_jax.settings import nearest
+
+SMALL = 1 << 18  # values: below it a leaf may stay whole
+TPU_TILE = 128  # a sharded weight dim off this multiple makes XLA all-reduce zero-padded full weights (FIELD: tile alignment)
+
+
+def _mesh_axes(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _spec(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh, rules: dict, tpu: bool) -> PartitionSpec:
+    used: set[str] = set()
+    entries = []
+    for size, name in zip(shape, axes, strict=True):
+        if name is not None and name not in rules:
+            raise UserError(f"unknown logical axis {name!r}{nearest(name, rules)}")
+        wanted = tuple(a for a in _mesh_axes(rules[name] if name else None) if mesh.shape[a] > 1 and a not in used)
+        ways = math.prod(mesh.shape[a] for a in wanted)
+        if size % ways and math.prod(shape) >= SMALL:
+            raise UserError(f"axis {name!r} of size {size} does not divide over {ways} shards ({','.join(wanted)}); choose other mesh sizes")
+        if ways == 1 or size % ways:
+            entries.append(None)
+            continue
+        if tpu and len(shape) > 1 and (size // ways) % TPU_TILE and size > TPU_TILE:
+            raise UserError(f"axis {name!r} of size {size} over {ways} shards gives {size // ways} a shard, no multiple of {TPU_TILE}; "
+                            f"choose another size for mesh axes {','.join(wanted)}")
+        used.update(wanted)
+        entries.append(wanted if len(wanted) > 1 else wanted[0])
+    return PartitionSpec(*entries)
+
+
+def shardings(abstract: Any, axes: Any, mesh: Mesh, rules: dict) -> Any:
+    """Tree of NamedSharding for a tree of ShapeDtypeStructs (or arrays) and its tree of logical axis names.
+
+    Raises UserError for a name that the rules do not hold, or for shards off the TPU tile on a TPU mesh.
+    """
+    tpu = mesh.devices.flat[0].platform == "tpu"
+    return jax.tree.map(lambda leaf, names: NamedSharding(mesh, _spec(leaf.shape, names, mesh, rules, tpu)), abstract, axes)
+
+
+def batch_shardings(batch: Any, mesh: Mesh, rules: dict) -> Any:
+    """Rows over the mesh axes of "batch", all else whole. Raises UserError when the rows do not divide."""
+    ways = math.prod(mesh.shape[a] for a in _mesh_axes(rules["batch"]))
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % ways:
+        raise UserError(f"a batch of {rows} rows does not divide over {ways} data shards "
+                        f"({', '.join(f'{a}={mesh.shape[a]}' for a in _mesh_axes(rules['batch']))}); change the bucket's batch or the mesh")
+    return jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(_mesh_axes(rules["batch"]), *[None] * (len(x.shape) - 1))), batch)
+
+
+def describe(abstract: Any, sharding_tree: Any) -> dict[str, float]:
+    """Bytes of a tree: total, a device, and the share that is replicated on every device."""
+    total = device = replicated = 0
+    for leaf, sharding in zip(jax.tree.leaves(abstract), jax.tree.leaves(sharding_tree), strict=True):
+        size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        shard = math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        total, device = total + size, device + shard
+        replicated += size if shard == size else 0
+    return {"bytes": total, "bytes_a_device": device, "replicated_share": replicated / max(total, 1)}

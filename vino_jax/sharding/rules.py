@@ -1,0 +1,34 @@
+"""Presets: which mesh axis each logical axis lies on. One table; the sizes of the mesh are the config's.
+
+Parameters are stored over "fsdp" along the model width, over "tensor" along heads and hidden widths; activations are split over
+"data" and "fsdp" by rows, over "seq" by visual tokens, over "tensor" by heads and hidden widths. A mesh axis of size 1 costs nothing.
+"""
+from vino_jax.errors import UserError
+from vino_jax.settings import nearest
+from vino_jax.sharding.axes import ACTIVATION_AXES, PARAM_AXES
+
+_PARAMS = {
+    "layers": None, "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "modulation": "tensor", "vocab": "tensor",
+    "queries": None, "conv_in": None, "conv_out": "fsdp",
+}
+_ACTIVATIONS = {
+    "batch": ("data", "fsdp"), "visual": "seq", "context": None, "width": None, "act_heads": "tensor", "act_mlp": "tensor", "pixels": None,
+}
+
+PRESETS: dict[str, dict] = {
+    # every parameter on every device: data parallel only
+    "replicated": {**dict.fromkeys(_PARAMS), **_ACTIVATIONS},
+    # ZeRO-3 over "fsdp", optionally tensor parallel, visual tokens over "seq"
+    "fsdp": {**_PARAMS, **_ACTIVATIONS},
+    # the same, weights and moments stored over "fsdp" and "seq" together
+    "fsdp_seq": {**_PARAMS, "embed": ("fsdp", "seq"), "conv_out": ("fsdp", "seq"), **_ACTIVATIONS},
+}
+
+
+def preset(name: str) -> dict:
+    """Rules (logical axis -> mesh axis, several, or None). Raises UserError for an unknown name."""
+    if name not in PRESETS:
+        raise UserError(f"unknown sharding preset {name!r}{nearest(name, PRESETS)}")
+    rules = PRESETS[name]
+    assert set(rules) == {*PARAM_AXES, *ACTIVATION_AXES}, f"preset {name} does not cover the vocabulary of sharding/axes.py"
+    return rules

@@ -1,0 +1,99 @@
+"""A training run's config: the frozen dataclass that a config file of configs/ must fill."""
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vino_jax.batch import BucketSpec
+from vino_jax.errors import UserError
+from vino_jax.nn.runtime import Runtime
+from vino_jax.settings import build, nearest
+from vino_jax.train.stage import StageConfig
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Where parameters come from: a model checkpoint, or PyTorch folders and files that are imported at the start.
+
+    A part that none of them holds is initialised at random; `require` names the parts for which that is an error.
+    """
+
+    checkpoint: str = ""
+    vino: str = ""
+    mmdit: str = ""
+    vae: str = ""
+    vlm: str = ""
+    require: tuple[str, ...] = ("vae", "vlm", "mmdit")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sharding preset and sizes of the mesh axes; -1: what is left of the devices."""
+
+    preset: str = "fsdp"
+    data: int = 1
+    fsdp: int = -1
+    seq: int = 1
+    tensor: int = 1
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"data": self.data, "fsdp": self.fsdp, "seq": self.seq, "tensor": self.tensor}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """source: "shapes" (procedural) or "media" (a JSONL manifest of pictures and clips, paths relative to root)."""
+
+    source: str = "shapes"
+    manifest: str = ""
+    root: str = "."
+    processor: str = ""  # tokenizer and processor folder; by default the checkpoint's
+    shift_image: float = 5.0
+    shift_video: float = 7.0
+    threads: int = 1
+    prefetch: int = 8
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Cadences in steps; 0 switches off. keep: how many last checkpoints stay."""
+
+    every: int = 10
+    checkpoint_every: int = 100
+    keep: int = 2
+    preview_every: int = 0
+    preview_count: int = 4
+    preview_sampling_steps: int = 20
+    preview_guidance: float = 3.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    seed: int
+    model: dict[str, Any]  # VinoConfig's keys, for parts that the checkpoint lacks; see train/initial.py
+    init: InitConfig
+    runtime: Runtime
+    mesh: MeshConfig
+    data: DataConfig
+    buckets: dict[str, BucketSpec]
+    stages: dict[str, StageConfig]  # run in the order of their names
+    log: LogConfig = field(default_factory=LogConfig)
+    sampling: dict[str, Any] = field(default_factory=dict)  # defaults that the exported checkpoint hands to launch.sample
+
+
+def run_config(values: Mapping[str, Any]) -> RunConfig:
+    """RunConfig from plain nested dicts; buckets and stages take their names from their keys.
+
+    Raises UserError for an unknown or missing key, and for a stage that names a bucket that is not there.
+    """
+    values = dict(values)
+    for table in ("buckets", "stages"):
+        if not isinstance(values.get(table), Mapping):
+            raise UserError(f"config key {table!r} is missing")
+        values[table] = {name: {**entry, "name": name} for name, entry in sorted(values[table].items())}
+    config = build(RunConfig, values)
+    for stage in config.stages.values():
+        for name in stage.buckets:
+            if name not in config.buckets:
+                raise UserError(f"stage {stage.name!r} uses unknown bucket {name!r}{nearest(name, config.buckets)}")
+    return config

@@ -1,0 +1,75 @@
+"""Metrics of a run as JSONL and TensorBoard, and a progress bar."""
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from vino_jax.batch import TASKS
+from vino_jax.train.step import TIME_BINS
+
+
+class MetricWriter:
+    """Appends one JSON object a record to DIR/metrics.jsonl and the same numbers to TensorBoard files in DIR/tensorboard.
+
+    A resumed run goes on in the same file; records of steps after the resumed one are dropped, so that no step stands twice.
+    """
+
+    def __init__(self, directory: pathlib.Path, *, resume_at: dict[str, int] | None = None):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / "metrics.jsonl"
+        if resume_at and self._path.exists():
+            self._drop_after(resume_at)
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(directory / "tensorboard"))
+
+    def _drop_after(self, resume_at: dict[str, int]) -> None:
+        lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]  # a kill may have cut the last line
+        records = [json.loads(line) for line in lines]
+        kept = [r for r in records if r["stage"] not in resume_at or r["step"] <= resume_at[r["stage"]]]
+        self._path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+
+    def write(self, stage: str, step: int, total_step: int, values: dict[str, Any]) -> None:
+        """values: floats, or None for what was not seen since the last record."""
+        record = {"stage": stage, "step": step, "total_step": total_step, **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(f"{stage}/{name}", value, step)
+
+    def picture(self, stage: str, step: int, name: str, picture_HWC: np.ndarray) -> None:
+        """uint8 picture into TensorBoard."""
+        self._board.add_image(f"{stage}/{name}", picture_HWC, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+class Accumulator:
+    """Sums what steps report between two log records and turns it into means."""
+
+    def __init__(self):
+        self._rows: list[dict[str, np.ndarray]] = []
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        self._rows.append({k: np.asarray(v) for k, v in metrics.items()})
+
+    def take(self) -> dict[str, float | None]:
+        """Means since the last call: loss, gradient norms, loss by time bin ("loss_t0.0".."loss_t0.9") and by task."""
+        rows, self._rows = self._rows, []
+        out: dict[str, float | None] = {
+            name: float(np.mean([r[name] for r in rows])) for name in ("loss", "gradient_norm", "gradient_norm_queries") if name in rows[0]}
+
+        def weighted(kind, labels):
+            loss, weight = (np.sum([r[f"{kind}_{what}"] for r in rows], axis=0) for what in ("loss", "weight"))
+            return {f"loss_{label}": float(v / w) if w else None for label, v, w in zip(labels, loss, weight)}
+
+        return {**out, **weighted("bin", [f"t{i / TIME_BINS:.1f}" for i in range(TIME_BINS)]), **weighted("task", TASKS)}
+
+
+def progress_bar(total: int, initial: int, name: str, quiet: bool) -> tqdm:
+    return tqdm(total=total, initial=initial, desc=name, unit="step", disable=quiet, mininterval=2.0, dynamic_ncols=True)
