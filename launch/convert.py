@@ -48,12 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     give.add_argument("--checkpoint", type=Path, required=True)
     give.add_argument("--output", type=Path, required=True, help="folder to write; must not hold anything yet")
     give.add_argument("--format", choices=("vino", "diffusers"), required=True,
-                      help="vino: the names of vino.ckpt (no VAE), safetensors; diffusers: transformer/ vae/ vlm/ vino/ with their config.json")
-    give.add_argument("--ckpt", action="store_true", help="with --format vino: write vino.ckpt by torch.save, all of it in memory, for the reference code")
+                      help="vino: names of vino.ckpt (no VAE), safetensors; diffusers: transformer/ vae/ vlm/ vino/ with config.json")
+    give.add_argument("--ckpt", action="store_true", help="with --format vino: vino.ckpt by torch.save, held in memory")
     give.set_defaults(command=export_parts)
     check = commands.add_parser("verify", help="compare a model checkpoint with PyTorch files, to the bit")
     check.add_argument("--checkpoint", type=Path, required=True)
-    check.add_argument("--against", type=Path, nargs="+", required=True, help="vino.ckpt, HunyuanVideo's and Qwen3-VL's folders, or parts of them")
+    check.add_argument("--against", type=Path, nargs="+", required=True,
+                       help="vino.ckpt, HunyuanVideo's and Qwen3-VL's folders, or parts of them")
     check.set_defaults(command=verify_parts)
     return parser
 
@@ -171,7 +172,8 @@ def _same(ours: np.ndarray, theirs: np.ndarray) -> bool:
 
 def _plans(config: VinoConfig, found: parts.Found, dtypes: Mapping[str, str | None]) -> dict[str, engine.Plan]:
     abstract, table = Vino(config, Runtime()).abstract, parts.tables(config)
-    return {part: engine.make_plan(table[part], abstract[part], source.manifest, dtypes.get(part)) for part, source in found.sources.items()}
+    return {part: engine.make_plan(table[part], abstract[part], source.manifest, dtypes.get(part))
+            for part, source in found.sources.items()}
 
 
 def _told(part: str, plan: engine.Plan, leaves: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:

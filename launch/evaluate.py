@@ -47,6 +47,8 @@ from vino_jax.train.initial import initial_params, resolve_model
 MAIN = "trained"
 _PADDED = {"tokens": 1, "prompt_mask": 1, "mrope": 2, "visual_index": 1, "patches": 1, "patch_coords": 1, "patch_segment": 1,
            "role": 1, "source": 1, "position": 1}  # fields of a Batch by the dim that is padded
+_PROMPT = ("tokens", "prompt_mask", "mrope", "visual_index")
+_ROUND_PROMPT = 32
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, help="of denoising (default: the config's sampling.steps)")
     p.add_argument("--guidance", type=float, help="by the text (default: the config's sampling.guidance_*)")
     p.add_argument("--seed", type=int, default=0, help="of samples and noise (default 0)")
-    p.add_argument("--batch", type=int, default=50, help="samples in one pass (default 50)")
+    p.add_argument("--batch", type=int, default=20, help="samples in one pass (default 20)")
     p.add_argument("--show", type=int, default=4, help="samples of each task whose references and ideal target are kept (default 4)")
     return p
 
@@ -203,10 +205,12 @@ class Models:
 
 
 def level(tasks: Sequence[PackedTask]) -> list[PackedTask]:
-    """Pad the branches of all tasks with equally many references to their common size, so that they run as one program."""
+    """Pad the branches of all tasks with equally many references to one size, so that they run as one program. Prompt tokens are
+    rounded up, so that other tasks with such references share it."""
     def sizes(number: int) -> dict[str, int]:
         rows = [branch for task in tasks if len(task.references) == number for branch in task.branches]
-        return {name: max(getattr(row, name).shape[axis] for row in rows) for name, axis in _PADDED.items()}
+        found = {name: max(getattr(row, name).shape[axis] for row in rows) for name, axis in _PADDED.items()}
+        return {name: -(-size // _ROUND_PROMPT) * _ROUND_PROMPT if name in _PROMPT else size for name, size in found.items()}
 
     common = {number: sizes(number) for number in {len(task.references) for task in tasks}}
 
@@ -222,13 +226,23 @@ def level(tasks: Sequence[PackedTask]) -> list[PackedTask]:
     return [dataclasses.replace(task, branches=tuple(padded(b, common[len(task.references)]) for b in task.branches)) for task in tasks]
 
 
+def fill(tasks: Sequence[PackedTask], batch: int) -> list[PackedTask]:
+    """The tasks, and behind them repeated ones, so that those with equally many references fill whole passes: encoding and decoding
+    then have one program for pictures and one for clips."""
+    out = list(tasks)
+    for number in sorted({len(task.references) for task in tasks}):
+        same = [task for task in tasks if len(task.references) == number]
+        out += same[-1:] * (-len(same) % batch)
+    return out
+
+
 def evaluate(sampler: Sampler, prompter: Prompter, task: str, samples: Sequence[Sample], flags: argparse.Namespace, sampling: SamplingConfig,
              folder: Path) -> dict[str, Any]:
     """Generate, write and score the samples of one task: {"count", "seconds", "attributes": {name: {"mean", "count", "chance"}}}."""
     start = time.perf_counter()
     packed = [pack_example(sample, prompt(sample), prompter, options(flags, sampling, task in PICTURE_TASKS, i), sample.target.shape[1:3])
               for i, sample in enumerate(samples)]
-    results = sampler.generate_many(level(packed), steps=flags.steps or sampling.steps, batch=flags.batch)
+    results = sampler.generate_many(fill(level(packed), flags.batch), steps=flags.steps or sampling.steps, batch=flags.batch)[:len(packed)]
     gathered: dict[str, list[tuple[float, float | None]]] = {}
     for i, (sample, result) in enumerate(zip(samples, results, strict=True)):
         write_output(folder, f"{i:03d}", result.pixels, {"prompt": prompt(sample), "seed": str(packed[i].seed)})

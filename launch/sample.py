@@ -22,6 +22,7 @@ from launch import cli
 from vino_jax.batch import PackedTask
 from vino_jax.checkpoint import model as checkpoint
 from vino_jax.errors import UserError
+from vino_jax.models.vae_tiling import Tiling
 from vino_jax.models.vino import Vino
 from vino_jax.nn.runtime import Runtime
 from vino_jax.sampling.defaults import SamplingConfig
@@ -32,6 +33,8 @@ from vino_jax.sharding.mesh import make_mesh, parse_mesh
 from vino_jax.sharding.resolve import shardings
 from vino_jax.sharding.rules import preset
 
+# As the published VAE does by default, and as it does after enable_tiling().
+TILINGS = {"frames": Tiling(side=None), "full": Tiling()}
 PICTURE_TASKS = ("t2i", "ti2i", "ti2i_baseimg")
 
 
@@ -52,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--negative_prompt", help="default: the published model's, for pictures and for clips")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation (default bfloat16, on a CPU float32)")
     p.add_argument("--posterior", choices=POSTERIORS, default="sample", help="reference latents: a sample of the VAE's posterior, or its mode")
+    p.add_argument("--vae_tiling", choices=TILINGS, default="frames",
+                   help="the VAE takes long clips in windows of frames (default), or large pictures in tiles too, in less memory")
     p.add_argument("--initial_noise", type=Path, help=".npz with one array (1, C, T, H, W) a task, named by its index")
     p.add_argument("--save_latents", action="store_true", help="also write <index>.npz: latents (1, C, T, H, W), scaled")
     p.add_argument("--mesh", help="sizes of mesh axes, as data=1,seq=8 (default: fsdp over all accelerators; on a CPU one device)")
@@ -134,7 +139,7 @@ def load_sampler(directory: Path, info: checkpoint.ModelInfo, flags: argparse.Na
     """The model in the dtype of the computation, on the mesh."""
     on_cpu = jax.default_backend() == "cpu"
     dtype = flags.dtype or ("float32" if on_cpu else "bfloat16")
-    vino = Vino(info.config, Runtime(dtype=dtype))
+    vino = Vino(info.config, Runtime(dtype=dtype), TILINGS[flags.vae_tiling])
     sizes = parse_mesh(flags.mesh) if flags.mesh else None if on_cpu or jax.device_count() == 1 else {"fsdp": -1}
     mesh = rules = None
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), vino.abstract)

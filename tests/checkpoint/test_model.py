@@ -111,7 +111,8 @@ def test_refusals_name_the_first_difference(saved, tmp_path):
         checkpoint.restore(folder, {"mmdit": {"blocks": wanted["mmdit"]["blocks"]}})
     with pytest.raises(UserError, match="no model.json"):
         checkpoint.read_info(tmp_path)
-    for text, message in [("{", "cannot be read"), (json.dumps({"format": 99}), "format 99"), (json.dumps({"format": 1, "config": {}}), "damaged")]:
+    for text, message in [("{", "cannot be read"), (json.dumps({"format": 99}), "format 99"),
+                          (json.dumps({"format": 1, "config": {}}), "damaged")]:
         (tmp_path / "model.json").write_text(text)
         with pytest.raises(UserError, match=message):
             checkpoint.read_info(tmp_path)

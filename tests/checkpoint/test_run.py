@@ -36,7 +36,7 @@ def trained_state(steps=3):
               "half": jax.random.normal(jax.random.key(1), (8,), jnp.bfloat16)}
     state = State(jnp.zeros((), jnp.int32), params, tx.init(params), jax.tree.map(jnp.copy, params))
     for i in range(steps):
-        grads = jax.tree.map(lambda p: (p * 0.3 + i).astype(p.dtype), state.trainable)
+        grads = jax.tree.map(lambda p, i=i: (p * 0.3 + i).astype(p.dtype), state.trainable)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         state = State(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state, state.ema)
     return state
@@ -124,7 +124,7 @@ def test_another_setup_is_refused_by_the_first_difference(tmp_path):
                                ({"a": jnp.zeros((2, 3))}, "it holds b"), ({**state, "c": jnp.zeros(1)}, "it lacks c"),
                                ({**state, "b": jnp.zeros(4, jnp.bfloat16)}, "b is float32")]:
             with pytest.raises(UserError, match=message):
-                run.restore(1, jax.eval_shape(lambda: other))
+                run.restore(1, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), other))
         with pytest.raises(UserError, match="no complete step 5"):
             run.restore(5, state)
         with pytest.raises(TypeError):

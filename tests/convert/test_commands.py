@@ -14,15 +14,17 @@ from launch import cli, convert
 from vino_jax.checkpoint import model as checkpoint
 from vino_jax.convert import configs, engine, parts
 from vino_jax.convert.io import open_source
+from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
 from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import VinoConfig
 
-MMDIT = dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2, num_single_layers=3, num_refiner_layers=1,
-             text_embed_dim=12, pooled_projection_dim=10, rope_axes_dim=(4, 2, 2))
+MMDIT = dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2, num_single_layers=3,
+             num_refiner_layers=1, text_embed_dim=12, pooled_projection_dim=10, rope_axes_dim=(4, 2, 2))
 VAE = dict(latent_channels=4, block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2)
-TEXT = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-            rope_scaling={"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}, tie_word_embeddings=True)
+TEXT = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=8, rope_scaling={"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+            tie_word_embeddings=True)
 VISION = dict(depth=2, hidden_size=8, num_heads=2, intermediate_size=12, patch_size=4, out_hidden_size=16, num_position_embeddings=16,
               deepstack_visual_indexes=[0, 1])
 WIDTH, QUERIES = 16, 5
@@ -46,7 +48,8 @@ def published(tmp_path_factory):
     mmdit = randomised(HunyuanVideoTransformer3DModel(**MMDIT))
     mmdit.save_pretrained(root / "hunyuan/transformer")
     randomised(AutoencoderKLHunyuanVideo(**VAE)).save_pretrained(root / "hunyuan/vae")
-    vlm = randomised(Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=True)), torch.bfloat16)
+    config = Qwen3VLConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=True)
+    vlm = randomised(Qwen3VLForConditionalGeneration(config), torch.bfloat16)
     vlm.save_pretrained(root / "qwen3vl", max_shard_size="8KB")
     (root / "qwen3vl/tokenizer.json").write_text("{}")
     (root / "qwen3vl/tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"61": {"content": "<|image_pad|>"}}}))
@@ -102,7 +105,8 @@ def test_import_records_architecture_sources_and_processor(published, imported):
     assert (info.parts["vlm"].dtype, info.parts["vae"].dtype) == ("bfloat16", "float32")
     digest = subprocess.run(["sha256sum", published / "whole.ckpt"], capture_output=True, text=True).stdout.split()[0]
     assert info.parts["mmdit"].sha256 == info.parts["queries"].sha256 == digest and info.parts["mmdit"].source.endswith("whole.ckpt")
-    assert sorted(p.name for p in checkpoint.processor_folder(imported).iterdir()) == ["preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
+    files = sorted(p.name for p in checkpoint.processor_folder(imported).iterdir())
+    assert files == ["preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
     checkpoint.restore(imported, Vino(info.config, Runtime()).abstract, info.config)
 
 
@@ -127,15 +131,16 @@ def test_diffusers_layout_opens_and_is_the_same(published, imported, tmp_path, m
     same_bits(content(out / "transformer"), {k.removeprefix("transformer."): x for k, x in whole.items() if k.startswith("transformer.")})
     same_bits(content(out / "vino"), {k: x for k, x in whole.items() if not k.startswith(("transformer.", "mm_encoder.mm_encoder."))})
     assert (out / "vlm/tokenizer.json").exists() and json.loads((out / "vlm/config.json").read_text())["image_token_id"] == 61
-    for cls, ours, theirs in ((HunyuanVideoTransformer3DModel, "transformer", "hunyuan/transformer"), (AutoencoderKLHunyuanVideo, "vae", "hunyuan/vae"),
-                              (Qwen3VLForConditionalGeneration, "vlm", "qwen3vl")):
+    for cls, ours, theirs in ((HunyuanVideoTransformer3DModel, "transformer", "hunyuan/transformer"),
+                              (AutoencoderKLHunyuanVideo, "vae", "hunyuan/vae"), (Qwen3VLForConditionalGeneration, "vlm", "qwen3vl")):
         opened, loading = cls.from_pretrained(out / ours, output_loading_info=True)
         assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
         known = cls.from_pretrained(published / theirs).config
         for name in MMDIT if ours == "transformer" else VAE if ours == "vae" else ():
             assert opened.config[name] == known[name], name
     again = tmp_path / "again"  # our own export is input as good as the original
-    assert command(monkeypatch, "import", "--output", again, "--vino", out / "vino", "--mmdit", out, "--vae", out, "--vlm", out / "vlm") == 0
+    given = ["--vino", out / "vino", "--mmdit", out, "--vae", out, "--vlm", out / "vlm"]
+    assert command(monkeypatch, "import", "--output", again, *given) == 0
     assert checkpoint.read_info(again).config == checkpoint.read_info(imported).config
 
 
@@ -181,11 +186,13 @@ BAD = {
     "missing shard": (lambda r: next((r / "qwen3vl").glob("model-00002-*")).unlink(), "which is not there"),
     "extra key": (lambda r: change_pickle(r, "transformer.more.weight", torch.zeros(2)), "mmdit: more.weight is not known"),
     "key of no part": (lambda r: change_pickle(r, "optimizer", torch.zeros(2)), "belong to no part: optimizer"),
-    "wrong shape": (lambda r: change_pickle(r, "transformer.proj_out.bias", torch.zeros(3)), "proj_out.bias has shape [3], which does not fill out/bias [16]"),
+    "wrong shape": (lambda r: change_pickle(r, "transformer.proj_out.bias", torch.zeros(3)),
+                    "proj_out.bias has shape [3], which does not fill out/bias [16]"),
     "wrong type": (lambda r: change_pickle(r, "transformer.proj_out.bias", torch.zeros(16, dtype=torch.int64)), "proj_out.bias is int64"),
     "NaN": (lambda r: change_pickle(r, "mm_encoder.metaquery", torch.full((QUERIES, WIDTH), float("nan"))), "metaquery holds NaN"),
     "no tensors": (lambda r: change_pickle(r, "transformer.proj_out.bias", "text"), "no flat dict of tensors"),
-    "unsupported": (lambda r: change_config(r / "hunyuan/transformer", "qk_norm", "layer_norm"), "qk_norm is 'layer_norm', supported is 'rms_norm'"),
+    "unsupported": (lambda r: change_config(r / "hunyuan/transformer", "qk_norm", "layer_norm"),
+                    "qk_norm is 'layer_norm', supported is 'rms_norm'"),
     "unknown field": (lambda r: change_config(r / "hunyuan/vae", "sample_size", 3), "sample_size is not supported"),
     "other class": (lambda r: change_config(r / "qwen3vl", "model_type", "qwen2_vl"), "model_type is 'qwen2_vl', supported is 'qwen3_vl'"),
     "parts that do not fit": (lambda r: change_config(r / "hunyuan/vae", "latent_channels", 8), "the VAE gives 8 latent channels"),
@@ -228,8 +235,10 @@ def test_published_manifests_are_planned():
     names = {"mmdit": "transformer", "vlm": "qwen3vl", "vae": "vae", "connector": "connector", "vae_connector": "connector_vae_branch",
              "queries": "metaquery"}
     abstract, tables = Vino(VinoConfig(), Runtime()).abstract, parts.tables(VinoConfig())
-    plans = {part: engine.make_plan(tables[part], abstract[part], {name: (tuple(shape), np.dtype(np.float32)) for name, shape in published[key].items()})
-             for part, key in names.items()}
+    plans = {}
+    for part, key in names.items():
+        manifest = {name: (tuple(shape), np.dtype(np.float32)) for name, shape in published[key].items()}
+        plans[part] = engine.make_plan(tables[part], abstract[part], manifest)
     engine.check(plans)
     assert [name for plan in plans.values() for name in plan.left_out] == ["lm_head.weight"]
 
@@ -244,3 +253,13 @@ def test_full_size_plans_both_ways():
         counts[part], plans[part] = len(manifest), engine.make_plan(tables[part], abstract[part], manifest)
     engine.check(plans)
     assert counts == {"mmdit": 1264, "connector": 5, "vae_connector": 5, "queries": 1, "vlm": 713, "vae": 248}  # the VLM's head is tied
+
+
+@pytest.mark.parametrize("error, code, text", [(KeyboardInterrupt(), 130, ""), (UserError("a\n b"), 2, "error: a b\n"), (None, 0, "")])
+def test_how_an_entry_point_ends(capsys, error, code, text):
+    def main():
+        if error:
+            raise error
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == code and capsys.readouterr().err == text

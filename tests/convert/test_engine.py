@@ -14,7 +14,8 @@ from vino_jax.errors import UserError
 
 TABLE = Table(
     rules=(Rule("embed/kernel", "embed.weight", PATCH), Rule("blocks/up/kernel", "blocks.{i}.up.weight", LINEAR),
-           Rule("blocks/up/bias", "blocks.{i}.up.bias", COPY), Rule("none/bias", "none.{i}.bias"), Rule("conv/kernel", "conv.weight", CONV)),
+           Rule("blocks/up/bias", "blocks.{i}.up.bias", COPY), Rule("none/bias", "none.{i}.bias"),
+           Rule("conv/kernel", "conv.weight", CONV)),
     left_out=(LeftOut(r"head\..*", "tied"),),
 )
 KERNEL = (1, 2, 2)
@@ -86,9 +87,12 @@ def test_every_problem_is_in_one_list():
     with pytest.raises(UserError) as error:
         engine.check({"toy": plan, "fine": engine.make_plan(TABLE, ABSTRACT, manifest(tensors()))})
     expected = [
-        "10 problems", "blocks.1.up.weight is missing (for blocks/up/kernel)", "conv.weight has shape [4, 5, 3], which does not fill conv/kernel",
-        "embed.weight is int8", "blocks.3.up.bias is not known", "head.weight is not known", "blocks/up/bias is made of tensors of several dtypes",
-        "embed/kernel is mapped twice", "names gone/bias, which the model does not have", "blocks.2.up.bias is mapped to both blocks/up/bias and again/bias",
+        "10 problems", "blocks.1.up.weight is missing (for blocks/up/kernel)",
+        "conv.weight has shape [4, 5, 3], which does not fill conv/kernel",
+        "embed.weight is int8", "blocks.3.up.bias is not known", "head.weight is not known",
+        "blocks/up/bias is made of tensors of several dtypes",
+        "embed/kernel is mapped twice", "names gone/bias, which the model does not have",
+        "blocks.2.up.bias is mapped to both blocks/up/bias and again/bias",
         "new/scale of the model has no rule",
     ]
     for text in expected:
@@ -116,7 +120,8 @@ def test_safetensors_both_ways_with_the_library_as_witness(tmp_path, monkeypatch
     from safetensors.numpy import load_file
 
     monkeypatch.setattr("vino_jax.convert.io.SHARD_BYTES", shard)
-    arrays = tensors() | {"half": tensors(ml_dtypes.bfloat16)["conv.weight"], "scalar": np.float32(3.0).reshape(()), "empty": np.zeros((0, 3), np.float16)}
+    odd = {"scalar": np.float32(3.0).reshape(()), "empty": np.zeros((0, 3), np.float16)}
+    arrays = tensors() | odd | {"half": tensors(ml_dtypes.bfloat16)["conv.weight"]}
     write(tmp_path / "out", arrays)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert (len(files) == 1) == (shard == 10**9) and (tmp_path / "out/model.safetensors.index.json").exists() == (shard == 400)
@@ -181,7 +186,8 @@ def break_index(folder):
 
 
 BROKEN = {
-    "cut off": (break_cut, "is cut off"), "no header": (break_header, "no safetensors file"), "missing shard": (break_shard, "is not there"),
+    "cut off": (break_cut, "is cut off"), "no header": (break_header, "no safetensors file"),
+    "missing shard": (break_shard, "is not there"),
     "twice": (break_twice, "where it is not"), "absent": (redirect("absent.safetensors"), "names absent.safetensors, which is not there"),
     "outside": (redirect("../model.safetensors"), "outside of its folder"), "elsewhere": (redirect("/etc/passwd"), "outside of its folder"),
     "no index": (break_index, "no index"),

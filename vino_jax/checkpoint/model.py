@@ -61,7 +61,8 @@ class ModelInfo:
     sampling: dict[str, Any] = field(default_factory=dict)  # defaults of sampling that are this model's own
 
 
-def save(directory: str | Path, parts: Mapping[str, Params | Leaves], config: VinoConfig, info: Mapping[str, Mapping[str, str]] | None = None,
+def save(directory: str | Path, parts: Mapping[str, Params | Leaves], config: VinoConfig,
+         info: Mapping[str, Mapping[str, str]] | None = None,
          processor_files: Iterable[str | Path] = (), left_out: Mapping[str, Mapping[str, np.ndarray]] | None = None,
          sampling: Mapping[str, Any] | None = None) -> None:
     """Write a model checkpoint.
@@ -120,7 +121,7 @@ def restore(directory: str | Path, abstract: Mapping[str, Params], config: VinoC
         check_config(directory, info, config)
     missing = [name for name in abstract if name not in info.parts]
     if missing:
-        raise UserError(f"{directory} has no {', '.join(missing)} (it has {', '.join(info.parts)}); import what is missing with launch.convert")
+        raise UserError(f"{directory} has no {', '.join(missing)} (it has {', '.join(info.parts)}); import it with launch.convert")
     wanted = {name: dict(_leaves(tree)) for name, tree in abstract.items()}
     for name, leaves in wanted.items():
         _check_leaves(directory, name, info.parts[name].leaves, leaves)
@@ -157,7 +158,8 @@ def check_config(directory: str | Path, info: ModelInfo, config: VinoConfig) -> 
     ours, theirs = (dict(_leaves(dataclasses.asdict(c))) for c in (config, info.config))
     for name, value in ours.items():
         if theirs[name] != value:
-            raise UserError(f"{directory} was written for another architecture: {name.replace('/', '.')} is {theirs[name]} there, {value} here")
+            key = name.replace("/", ".")
+            raise UserError(f"{directory} was written for another architecture: {key} is {theirs[name]} there, {value} here")
 
 
 def nested(flat: Mapping[str, Any]) -> Params:
@@ -225,7 +227,8 @@ def _read_part(folder: Path, stored: Mapping[str, Leaf], wanted: Mapping[str, ja
     return {path: arrays[path] for path in wanted}
 
 
-def _write_rest(folder: Path, info: ModelInfo, processor_files: Iterable[str | Path], left_out: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+def _write_rest(folder: Path, info: ModelInfo, processor_files: Iterable[str | Path],
+                left_out: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     for part, tensors in left_out.items():
         if tensors:
             (folder / "left_out").mkdir(exist_ok=True)

@@ -18,12 +18,14 @@ _MMDIT = {
     "text_width": "text_embed_dim", "pooled_width": "pooled_projection_dim", "rope_theta": "rope_theta", "rope_axes": "rope_axes_dim",
 }
 _VAE = {
-    "in_channels": "in_channels", "latent_channels": "latent_channels", "block_widths": "block_out_channels", "layers_per_block": "layers_per_block",
+    "in_channels": "in_channels", "latent_channels": "latent_channels", "block_widths": "block_out_channels",
+    "layers_per_block": "layers_per_block",
     "norm_groups": "norm_num_groups", "scaling_factor": "scaling_factor", "spatial_compression": "spatial_compression_ratio",
     "temporal_compression": "temporal_compression_ratio",
 }
 _TEXT = {
-    "vocab": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
+    "vocab": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
     "head_dim": "head_dim", "mlp": "intermediate_size", "rms_eps": "rms_norm_eps", "rope_theta": "rope_theta",
 }
 _VISION = {
@@ -100,7 +102,7 @@ def write_vae(config: VAEConfig) -> dict[str, Any]:
 
 
 def write_vlm(config: VLMConfig, processor: Path) -> dict[str, Any]:
-    """config.json that transformers opens. processor: folder whose tokenizer_config.json, if there is one, gives the ids of special tokens."""
+    """config.json that transformers opens. processor: folder whose tokenizer_config.json, where there is one, gives the ids of tokens."""
     tokenizer = processor / "tokenizer_config.json"
     added = read_json(tokenizer).get("added_tokens_decoder", {}) if tokenizer.exists() else {}
     ids = {token["content"]: int(number) for number, token in added.items()}
@@ -108,7 +110,8 @@ def write_vlm(config: VLMConfig, processor: Path) -> dict[str, Any]:
     return {
         "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": VLM_TYPE, "tie_word_embeddings": True,
         **{field: ids.get(token, published) for field, (token, published) in _TOKENS.items()},
-        "text_config": {"model_type": "qwen3_vl_text", **_back(config.text, _TEXT), **_TEXT_FIXED, "rope_scaling": rope, "tie_word_embeddings": True},
+        "text_config": {"model_type": "qwen3_vl_text", **_back(config.text, _TEXT), **_TEXT_FIXED,
+                        "rope_scaling": rope, "tie_word_embeddings": True},
         "vision_config": {"model_type": VLM_TYPE, **_back(config.vision, _VISION), **_VISION_FIXED},
     }
 

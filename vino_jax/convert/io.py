@@ -19,7 +19,8 @@ from vino_jax.errors import UserError
 SHARD_BYTES = 5 * 10**9  # as huggingface_hub cuts
 # Names of the format -> numpy; what is not here is refused by name.
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
-           "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+           "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+           "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 _NAMES = {np.dtype(kind): name for name, kind in _DTYPES.items()}
 
 
@@ -211,7 +212,9 @@ class SafetensorsWriter:
                 size = 0
             shards[-1][name] = {"dtype": _NAMES[kind], "shape": list(shape), "data_offsets": [size, size + count]}
             size += count
-        names = [f"{stem}.safetensors"] if len(shards) == 1 else [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        names = [f"{stem}.safetensors"]
+        if len(shards) > 1:
+            names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         self._places: dict[str, tuple[Path, int]] = {}
         for file, shard in zip(names, shards):
             self._start(folder / file, shard)

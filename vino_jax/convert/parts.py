@@ -20,8 +20,8 @@ VINO_PREFIXES = {
     "queries": "mm_encoder.metaquery", "vlm": "mm_encoder.mm_encoder.",
 }
 # Files of a Qwen3-VL folder that are its tokenizer and processor.
-_PROCESSOR = ("tokenizer*", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "special_tokens_map.json",
-              "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
+_PROCESSOR = ("tokenizer*", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
+              "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ def _split(vino: TensorSource) -> dict[str, TensorSource]:
     names: dict[str, dict[str, str]] = {}
     unknown = []
     for name in vino.manifest:
-        part = next((p for p, prefix in VINO_PREFIXES.items() if name == prefix or (prefix.endswith(".") and name.startswith(prefix))), None)
+        matching = (p for p, prefix in VINO_PREFIXES.items() if name == prefix or (prefix.endswith(".") and name.startswith(prefix)))
+        part = next(matching, None)
         if part is None:
             unknown.append(name)
         else:

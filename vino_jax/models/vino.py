@@ -14,6 +14,7 @@ from vino_jax.models.context import patchify, select_references
 from vino_jax.models.mmdit import MMDiT
 from vino_jax.models.qwen_vl import QwenVL
 from vino_jax.models.vae import VAE
+from vino_jax.models.vae_tiling import Tiling, decode_tiled, encode_tiled
 from vino_jax.nn.module import Definition, Params
 from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import VinoConfig
@@ -32,10 +33,13 @@ class Conditioning:
 class Vino:
     """The whole model. `parts` name its Definitions; parameters are {"mmdit": ..., "connector": ..., "vae_connector": ...,
     "queries": ..., "vlm": ..., "vae": ...}, plain nested dicts; a method needs only the parts that it uses.
+
+    tiling: of the VAE (models/vae_tiling.py), where clips are longer or pictures larger than it should take whole; None: always whole.
     """
 
-    def __init__(self, config: VinoConfig, runtime: Runtime):
+    def __init__(self, config: VinoConfig, runtime: Runtime, tiling: Tiling | None = None):
         self.config, self.runtime = config, runtime
+        self._tiling = tiling or Tiling(frames=None, side=None)
         vlm_width, ratio = config.vlm.text.width, config.connector_ratio
         self.parts = {
             "mmdit": Definition(lambda r: MMDiT(config.mmdit, runtime, rngs=r)),
@@ -70,7 +74,7 @@ class Vino:
         if pixels_BFHWC.dtype != jnp.uint8:
             return pixels_BFHWC
         x = pixels_BFHWC.astype(jnp.float32) / 127.5 - 1.0
-        moments = self.parts["vae"](params["vae"]).encode(x.astype(self.runtime.compute_dtype))
+        moments = encode_tiled(self.parts["vae"](params["vae"]), x.astype(self.runtime.compute_dtype), self._tiling)
         return jax.lax.stop_gradient(moments.astype(jnp.float32))
 
     def latents(self, moments_BFHWC: jax.Array, keys_B: jax.Array | None) -> jax.Array:
@@ -84,7 +88,7 @@ class Vino:
     def decode(self, params: Params, latents_BFHWC: jax.Array) -> jax.Array:
         """Scaled latents -> uint8 pixels (B, F, H, W, 3): clip(127.5 x + 127.5), truncated (SPEC 7)."""
         x = (latents_BFHWC / self.config.vae.scaling_factor).astype(self.runtime.compute_dtype)
-        pixels = self.parts["vae"](params["vae"]).decode(x).astype(jnp.float32)
+        pixels = decode_tiled(self.parts["vae"](params["vae"]), x, self._tiling).astype(jnp.float32)
         return jnp.clip(pixels * 127.5 + 127.5, 0.0, 255.0).astype(jnp.uint8)
 
     def pool(self, batch: Batch, keys_B: jax.Array | None) -> jax.Array | None:

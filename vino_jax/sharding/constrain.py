@@ -1,6 +1,7 @@
 """Sharding hints inside models, by logical axis names. A model knows nothing of meshes: without an active mesh a hint is nothing."""
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 
 import jax
@@ -25,9 +26,15 @@ def partition_spec(axes: tuple[str | None, ...], rules: dict) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Hint that the dims of `x` lie on the mesh as the logical `axes` say; None leaves a dim whole."""
+    """Hint that the dims of `x` lie on the mesh as the logical `axes` say; None leaves a dim whole.
+
+    A dim that its mesh axes do not divide is left whole too: token counts are whatever a batch needs.
+    """
     active = _active.get()
     if active is None:
         return x
     mesh, rules = active
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, rules)))
+    spec = partition_spec(axes, rules)
+    fits = (None if entry is None or size % math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry)) else entry
+            for size, entry in zip(x.shape, spec, strict=True))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*fits)))

@@ -1,0 +1,241 @@
+"""The whole of VINO at a small size, start to end on a CPU: what `make demo` runs.
+
+    python -m launch.demo --output runs/demo [--short]
+
+Trains the three stages of configs/shapes.py on a mesh of virtual devices (stopped once on the way and gone on with), trains the
+same number of steps with stage 1 skipped, samples a task file, scores, and writes OUTPUT/report.html. --short takes a few steps of
+everything: all files, no model worth the name. Started again on the same output, it goes on where it stopped.
+"""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from data_pipelines import shapes
+from launch import cli
+from vino_jax.batch import TASKS
+from vino_jax.errors import UserError
+from vino_jax.evaluation.report import write_report
+from vino_jax.sampling.video import write_output
+from vino_jax.train.loop import EXIT_PREEMPTED
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG, WITHOUT_STAGE1 = "configs/shapes.py", "configs/shapes_no_stage1.py"
+MESH = {"data": 2, "fsdp": 2}
+STOPPED_IN = "stage2"  # the stage in which the run is stopped once
+TELL_EVERY = 50  # steps
+TASK_FILE_SAMPLE = 1000  # index of the held-out samples in the task file: beyond those that are scored
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything; the steps of the stages are the config's unless given."""
+
+    stage_steps: tuple[int, int, int] | None
+    overrides: dict[str, int]  # of the config's log table
+    sampling_steps: int
+    prompts: int
+    edits: int
+    show: int
+    environment: dict[str, str]
+
+
+FULL = Size(None, {"preview_every": 0}, 12, 200, 40, 4, {})
+SHORT = Size((3, 3, 3), {"every": 1, "checkpoint_every": 2, "preview_every": 0}, 2, 4, 2, 2, {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+
+
+@dataclass
+class Demo:
+    """The phases, each told with its seconds."""
+
+    output: Path
+    size: Size
+    timings: list[tuple[str, float]] = field(default_factory=list)
+    start: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def phase(self, name: str, about: str):
+        print(f"== {name}: {about}", flush=True)
+        start = time.perf_counter()
+        yield
+        self.timings.append((name, time.perf_counter() - start))
+        print(f"   {name}: {self.timings[-1][1]:.0f} s", flush=True)
+
+    def environment(self, devices: int) -> dict[str, str]:
+        """Of a command: virtual CPU devices, and one compile cache for all, so that no program is compiled twice."""
+        return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "JAX_COMPILATION_CACHE_DIR": str(self.output / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+                "HF_HUB_OFFLINE": "1", **self.size.environment}
+
+    def command(self, module: str, *flags: object, log: str, devices: int = 1, watch: Callable[[subprocess.Popen], None] | None = None) -> int:
+        """Run a command of launch/ to its end; its lines go to OUTPUT/<log>.log. Returns the exit code."""
+        with (self.output / f"{log}.log").open("a") as file:
+            process = subprocess.Popen([sys.executable, "-m", module, *map(str, flags)], cwd=ROOT, env=self.environment(devices),
+                                       stdout=file, stderr=subprocess.STDOUT)
+            try:
+                while process.poll() is None:
+                    if watch:
+                        watch(process)
+                    time.sleep(0.2)
+                if watch:
+                    watch(process)
+            finally:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
+        return process.returncode
+
+    def done(self, code: int, log: str, allowed: Sequence[int] = (0,)) -> None:
+        """Raises UserError with the last line of the log where the exit code is not an allowed one."""
+        if code not in allowed:
+            path = self.output / f"{log}.log"
+            last = next((line for line in reversed(path.read_text().splitlines()) if line.strip()), "")
+            raise UserError(f"launch.{log.split('_')[0]} ended with {code}; the end of {path}: {last}")
+
+
+# --- training ---
+
+
+class Watch:
+    """Tells a training run's loss while it runs, and once stops it (SIGTERM) a little after a checkpoint of STOPPED_IN."""
+
+    def __init__(self, workdir: Path, stop: bool):
+        self.workdir, self.stop = workdir, stop
+        self._told: tuple[str, int] = ("", 0)
+
+    def __call__(self, process: subprocess.Popen) -> None:
+        path = self.workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        if not lines or not lines[-1].endswith("}"):
+            return
+        last = json.loads(lines[-1])
+        stage, step = last["stage"], last["step"]
+        if stage != self._told[0] or step >= self._told[1] + TELL_EVERY:
+            self._told = (stage, step)
+            print(f"   {stage} step {step}: loss {last['loss']:.4f}, {last['samples_a_second']:.0f} samples a second", flush=True)
+        if self.stop and stage == STOPPED_IN and 0 < saved_step(self.workdir, stage) < step:
+            print(f"   SIGTERM to the run at {stage} step {step}, after the checkpoint of step {saved_step(self.workdir, stage)}", flush=True)
+            process.send_signal(signal.SIGTERM)
+            self.stop = False
+
+
+def saved_step(workdir: Path, stage: str) -> int:
+    """The newest complete checkpoint of a stage; 0 without one."""
+    folder = workdir / "checkpoints" / stage
+    return max((int(p.parent.name) for p in folder.glob("[0-9]*/_CHECKPOINT_METADATA") if p.parent.name.isdigit()), default=0)
+
+
+def train(demo: Demo, name: str, config: str, *flags: str, stop: bool = False) -> None:
+    """A training run in OUTPUT/<name>; with `stop` it is stopped on the way and started again."""
+    workdir, size = demo.output / name, demo.size
+    if (workdir / "model" / "model.json").exists():
+        print(f"   kept {workdir / 'model'}", flush=True)
+        return
+    settings = {**{f"mesh.{k}": v for k, v in MESH.items()}, **{f"log.{k}": v for k, v in size.overrides.items()}}
+    if size.stage_steps:
+        first, second, third = size.stage_steps
+        steps = {"stage1": first, "stage2": second, "stage3": third} if config == CONFIG else {"stage2": first + second, "stage3": third}
+        settings |= {f"stages.{stage}.steps": count for stage, count in steps.items()}
+    devices = MESH["data"] * MESH["fsdp"]
+    command = ("--config", config, "--workdir", workdir, *(f"--config.{k}={v}" for k, v in settings.items()), *flags)
+    code = demo.command("launch.train", *command, log=f"train_{name}", devices=devices, watch=Watch(workdir, stop))
+    demo.done(code, f"train_{name}", (0, EXIT_PREEMPTED, -signal.SIGTERM) if stop else (0,))
+    if code:
+        print(f"   it ended with exit code {code}, saved at {STOPPED_IN} step {saved_step(workdir, STOPPED_IN)}; the same command again goes on there",
+              flush=True)
+        code = demo.command("launch.train", *command, log=f"train_{name}", devices=devices, watch=Watch(workdir, False))
+        demo.done(code, f"train_{name}")
+    elif stop:
+        print("   it came to its end before it could be stopped", flush=True)
+
+
+# --- sampling and scoring ---
+
+
+def write_task_file(folder: Path) -> Path:
+    """A task file with one held-out sample of each task, its references beside it; in the format of the published task files."""
+    entries: list[dict[str, Any]] = []
+    for task in TASKS:
+        frames = 1 if task in ("t2i", "ti2i", "ti2i_baseimg") else 9
+        sample = shapes.sample(shapes.held_out(0), TASK_FILE_SAMPLE, task, frames, 64, 64)
+        images = [write_output(folder, f"{task}_{i + 1}", image[None], {}).name for i, image in enumerate(sample.images)]
+        entry = {"index": task, "task": task, "caption": sample.texts.get("instruction") or sample.texts["long"], "ref_image_paths": images}
+        if sample.video is not None:
+            entry["ref_video_path"] = write_output(folder, f"{task}_video", sample.video, {}).name
+        entries.append(entry)
+    path = folder / "tasks.json"
+    path.write_text(json.dumps(entries, indent=1))
+    return path
+
+
+def sample_task_file(demo: Demo) -> None:
+    tasks = write_task_file(demo.output / "tasks")
+    code = demo.command("launch.sample", "--checkpoint", demo.output / "train", "--tasks", tasks, "--root", tasks.parent, "--output",
+                        demo.output / "samples", "--steps", demo.size.sampling_steps, "--negative_prompt", "", log="sample")
+    demo.done(code, "sample")
+    print(f"   {len(list((demo.output / 'samples').glob('*.*')))} pictures and clips in {demo.output / 'samples'}", flush=True)
+
+
+def evaluate(demo: Demo) -> None:
+    size, output = demo.size, demo.output
+    code = demo.command("launch.evaluate", "--checkpoint", output / "train", "--against", f"base={output / 'train' / 'init'}", "--against",
+                        f"no_stage1={output / 'no_stage1'}", "--config", CONFIG, "--output", output / "scores", "--prompts", size.prompts,
+                        "--edits", size.edits, "--steps", size.sampling_steps, "--show", size.show, log="evaluate")
+    demo.done(code, "evaluate")
+
+
+def report(demo: Demo) -> Path:
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    facts = {"config": CONFIG, "date": date.today().isoformat(), "devices": f"{MESH['data'] * MESH['fsdp']} virtual, on {os.cpu_count()} CPU cores",
+             "peak memory of a process": f"{peak:.1f} GB"}
+    lead = ("Three stages of training, resumed once on the way; then every task on samples that training never drew, next to the base that "
+            "training started from and to a run that skipped stage 1.")
+    if demo.size is SHORT:
+        lead = "A short run: every file is written, the scores mean nothing. " + lead
+    return write_report(demo.output / "report.html", title="VINO at a small size, on shapes", lead=lead, facts=facts,
+                        runs={"trained": demo.output / "train", "no_stage1": demo.output / "no_stage1"}, evaluation=demo.output / "scores",
+                        timings=demo.timings)
+
+
+def same_as_before(output: Path, short: bool) -> None:
+    """Raises UserError where the output holds a demo of the other length."""
+    path, now = output / "demo.json", {"short": short}
+    if path.exists() and json.loads(path.read_text()) != now:
+        raise UserError(f"{output} holds a {'full' if short else 'short'} demo; remove it or choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.Parser(prog="launch.demo", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of everything that is made (default runs/demo)")
+    parser.add_argument("--short", action="store_true", help="a few steps and samples of everything, for CI")
+    flags = parser.parse_args(argv)
+    output = flags.output.absolute()
+    same_as_before(output, flags.short)
+    demo = Demo(output, SHORT if flags.short else FULL)
+    init = f"--config.init.checkpoint={output / 'train' / 'init'}"
+    with demo.phase("train", f"three stages of {CONFIG} on a mesh of {MESH}, stopped once in {STOPPED_IN} and gone on with"):
+        train(demo, "train", CONFIG, stop=True)
+    with demo.phase("train without stage 1", f"{WITHOUT_STAGE1}: as many steps, from the same parts"):
+        train(demo, "no_stage1", WITHOUT_STAGE1, init)
+    with demo.phase("sample", "a task file of all eight tasks, by launch.sample"):
+        sample_task_file(demo)
+    with demo.phase("evaluate", f"{demo.size.prompts} unseen prompts and {demo.size.edits} of every other task, for each of three checkpoints"):
+        evaluate(demo)
+    with demo.phase("report", "curves, scores and contact sheets in one HTML file"):
+        path = report(demo)
+    print(f"report: {path} ({time.perf_counter() - demo.start:.0f} s in all)", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,84 @@
+"""Presets, meshes and the resolver."""
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from vino_jax.batch import BucketSpec
+from vino_jax.errors import UserError
+from vino_jax.models.vino import Vino
+from vino_jax.nn.runtime import Runtime
+from vino_jax.settings import VinoConfig
+from vino_jax.sharding.axes import ACTIVATION_AXES, PARAM_AXES
+from vino_jax.sharding.constrain import constrain, use_sharding
+from vino_jax.sharding.mesh import make_mesh, parse_mesh
+from vino_jax.sharding.resolve import batch_shardings, describe, shardings
+from vino_jax.sharding.rules import PRESETS, preset
+
+
+def leaf(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_covers_the_vocabulary(name):
+    assert set(preset(name)) == {*PARAM_AXES, *ACTIVATION_AXES}
+
+
+def test_specs_follow_the_rules_and_skip_axes_of_size_one():
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    placed = shardings({"a": leaf(8, 16), "b": leaf(3, 8)}, {"a": ("embed", "mlp"), "b": (None, "embed")}, mesh, preset("fsdp_seq"))
+    assert placed["a"].spec == PartitionSpec("fsdp", "tensor") and placed["b"].spec == PartitionSpec(None, "fsdp")
+
+
+def test_a_mesh_axis_is_used_once_in_a_leaf():
+    placed = shardings({"a": leaf(8, 8)}, {"a": ("embed", "embed")}, make_mesh({"fsdp": 8}), preset("fsdp"))
+    assert placed["a"].spec == PartitionSpec("fsdp", None)
+
+
+def test_unknown_names_are_refused():
+    mesh = make_mesh({"fsdp": 8})
+    with pytest.raises(UserError, match="embd.*embed"):
+        shardings({"a": leaf(8)}, {"a": ("embd",)}, mesh, preset("fsdp"))
+    with pytest.raises(UserError, match="fsdp2.*fsdp"):
+        preset("fsdp2")
+    with pytest.raises(UserError, match="fdsp"):
+        parse_mesh("fdsp=2")
+    with pytest.raises(UserError, match="3 does not fit 8|does not fit 8 devices"):
+        make_mesh({"fsdp": 3})
+
+
+def test_sizes_that_do_not_divide():
+    mesh, rules = make_mesh({"fsdp": 8}), preset("fsdp")
+    small = shardings({"a": leaf(3, 3)}, {"a": ("embed", None)}, mesh, rules)
+    assert small["a"].spec == PartitionSpec(None, None)  # a few bytes stay whole
+    with pytest.raises(UserError, match="size 1028 does not divide over 8"):
+        shardings({"a": leaf(1028, 1024)}, {"a": ("embed", None)}, mesh, rules)
+    batch = BucketSpec("b", 12, 1, 32, 32, 8).spec()
+    with pytest.raises(UserError, match="12 rows does not divide over 8"):
+        batch_shardings(batch, mesh, rules)
+
+
+def test_mesh_sizes_fill_in_what_is_left():
+    assert dict(make_mesh({"data": 2, "fsdp": -1}).shape) == {"data": 2, "fsdp": 4, "seq": 1, "tensor": 1}
+    assert parse_mesh("data=1,seq=8") == {"data": 1, "seq": 8}
+
+
+@pytest.mark.parametrize("name,sizes", [("fsdp", {"fsdp": 8}), ("fsdp", {"fsdp": 4, "tensor": 2}), ("fsdp_seq", {"fsdp": 4, "seq": 2})])
+def test_at_full_size_no_more_than_2_percent_is_replicated(name, sizes):
+    vino = Vino(VinoConfig(), Runtime())
+    report = describe(vino.abstract, shardings(vino.abstract, vino.axes, make_mesh(sizes), preset(name)))
+    assert report["replicated_share"] < 0.02
+    assert report["bytes_a_device"] < 1.03 * report["bytes"] / 8
+
+
+def test_constrain_places_and_leaves_whole_what_does_not_divide():
+    mesh = make_mesh({"fsdp": 2, "seq": 4})
+
+    def place(x):
+        with use_sharding(mesh, preset("fsdp")):
+            return constrain(x, "batch", "visual", None)
+
+    assert jax.jit(place)(jnp.ones((2, 8, 4))).sharding.shard_shape((2, 8, 4)) == (1, 2, 4)
+    assert jax.jit(place)(jnp.ones((2, 6, 4))).sharding.shard_shape((2, 6, 4)) == (1, 6, 4)
+    assert constrain(jnp.ones(3), "batch").shape == (3,)  # without a mesh a hint is nothing

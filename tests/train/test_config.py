@@ -1,0 +1,55 @@
+"""Config files and their command line."""
+import argparse
+
+import pytest
+
+from launch.config import load_config, parse
+from vino_jax.errors import UserError
+from vino_jax.train.config import run_config
+
+
+def load(**overrides):
+    return run_config(load_config("configs/shapes.py", {k.replace("__", "."): v for k, v in overrides.items()}))
+
+
+@pytest.mark.parametrize("path", ["configs/shapes.py", "configs/shapes_base.py"])
+def test_the_config_files_are_whole(path):
+    config = run_config(load_config(path, {}))
+    assert config.stages and all(stage.buckets for stage in config.stages.values())
+
+
+def test_overrides_reach_their_key():
+    config = load(stages__stage1__steps="7", mesh__fsdp="4", stages__stage2__learning_rate="1")
+    assert config.stages["stage1"].steps == 7 and config.mesh.fsdp == 4 and config.stages["stage2"].learning_rate == 1.0
+
+
+@pytest.mark.parametrize("key,value,message", [
+    ("stages.stage1.step", "7", "unknown config key 'stages.stage1.step', did you mean 'steps'"),
+    ("sead", "7", "unknown config key 'sead', did you mean 'seed'"),
+    ("seed", "many", "config key 'seed' takes int, not 'many'"),
+    ("seed.x", "1", "unknown config key 'seed.x'"),
+])
+def test_wrong_overrides_are_told(key, value, message):
+    with pytest.raises(UserError, match=message):
+        load_config("configs/shapes.py", {key: value})
+
+
+def test_unknown_keys_of_a_config_file_are_told_with_the_nearest_name(tmp_path):
+    (tmp_path / "config.py").write_text(
+        "from configs import shapes\ndef get_config():\n    c = shapes.get_config()\n    c.log.evry = 3\n    return c\n")
+    with pytest.raises(UserError, match="unknown config key 'log.evry', did you mean 'every'"):
+        run_config(load_config(str(tmp_path / "config.py"), {}))
+
+
+def test_a_stage_that_names_no_bucket_is_told():
+    values = load_config("configs/shapes.py", {})
+    values["stages"]["stage1"]["buckets"] = ("pictures",)
+    with pytest.raises(UserError, match="stage 'stage1' uses unknown bucket 'pictures', did you mean 'picture'"):
+        run_config(values)
+
+
+def test_flags_that_nobody_knows_are_told():
+    with pytest.raises(UserError, match="unknown flag '--confg.seed=1'"):
+        parse(argparse.ArgumentParser(), ["--config", "configs/shapes.py", "--confg.seed=1"])
+    with pytest.raises(UserError, match="config file nowhere.py does not exist"):
+        parse(argparse.ArgumentParser(), ["--config", "nowhere.py"])

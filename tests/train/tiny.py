@@ -1,0 +1,56 @@
+"""A tiny VINO, its stage, and batches, for the tests of training."""
+import jax
+import numpy as np
+
+from configs import common, models
+from vino_jax.batch import BucketSpec
+from vino_jax.models.vino import Vino
+from vino_jax.nn.runtime import Runtime
+from vino_jax.settings import VinoConfig, build
+from vino_jax.train.config import LogConfig
+from vino_jax.train.loop import StagePlan, make_encoder
+from vino_jax.train.stage import StageConfig
+
+BUCKET = BucketSpec("edit", 8, 5, 32, 32, 12, images=1, image_height=32, image_width=32)
+LOG = LogConfig(every=1, checkpoint_every=2, keep=2)
+
+
+def vino(dtype: str = "float32") -> Vino:
+    return Vino(build(VinoConfig, models.tiny()), Runtime(dtype=dtype, remat="full"))
+
+
+def params(model: Vino, seed: int = 0):
+    """Random values by numpy: initialising by JAX costs more compilation than a test should."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: (rng.standard_normal(x.shape) * 0.15 + (0.85 if x.ndim == 1 else 0.0)).astype(np.float32), model.abstract)
+
+
+def stage(steps: int = 4, rules: str = "stage3", **entries) -> StageConfig:
+    values = {"learning_rate": 1e-3, "warmup_steps": 2, "ema": 0.9, "tasks": {"i2v": 1.0}, "texts": {"long": 1.0}, **entries}
+    return StageConfig(name="stage", steps=steps, rules=common.RULES[rules], buckets=(BUCKET.name,), **values)
+
+
+def plan(model: Vino, stage_config: StageConfig, mesh, rules) -> StagePlan:
+    return StagePlan(model, stage_config, (BUCKET,), mesh, rules, 7, make_encoder(model, mesh, rules))
+
+
+class Batches:
+    """Step -> batch, a pure function, as the real loader's plan is."""
+
+    waited = 0.0
+
+    def __init__(self, start: int, spoil: int | None = None):
+        self._step, self._spoil = start, spoil
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        step, self._step = self._step, self._step + 1
+        batch = BUCKET.fake(step, moments=8, vocab=800)
+        if step == self._spoil:
+            batch.target[3] = np.nan
+        return step, BUCKET.name, batch
+
+    def close(self):
+        pass
