@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tasks", required=True, type=Path, help="JSON array of {index, task, caption, ref_image_paths, ref_video_path, ...}")
     p.add_argument("--output", required=True, type=Path, help="folder of the results")
     p.add_argument("--root", type=Path, default=Path("."), help="where the paths in the task file start (default: here)")
-    p.add_argument("--height", type=int, help="of pictures 640, of clips 480; a multiple of 16. With the width also the budget of references")
+    p.add_argument("--height", type=int, help="of pictures 640, of clips 480; a multiple of 16; with the width the budget of references")
     p.add_argument("--width", type=int, help="of pictures 640, of clips 848; a multiple of 16")
     p.add_argument("--num_frames", type=int, help="of clips, 4k+1, at most 89 (default 85)")
     p.add_argument("--steps", type=int, help="of denoising (default 50)")
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--image_guidance", type=float, help="by reference images; a third branch runs above 1.0 (default 1.0)")
     p.add_argument("--negative_prompt", help="default: the published model's, for pictures and for clips")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation (default bfloat16, on a CPU float32)")
-    p.add_argument("--posterior", choices=POSTERIORS, default="sample", help="reference latents: a sample of the VAE's posterior, or its mode")
+    p.add_argument("--posterior", choices=POSTERIORS, default="sample", help="of the VAE for references (default sample)")
     p.add_argument("--vae_tiling", choices=TILINGS, default="frames",
                    help="the VAE takes long clips in windows of frames (default), or large pictures in tiles too, in less memory")
     p.add_argument("--initial_noise", type=Path, help=".npz with one array (1, C, T, H, W) a task, named by its index")
@@ -159,12 +159,14 @@ def finished(flags: argparse.Namespace, task: Task) -> Path | None:
 
 def generate(sampler: Sampler, prompter: Prompter, tasks: Sequence[Task], flags: argparse.Namespace, defaults: SamplingConfig,
              noise: dict[str, np.ndarray] | None, report: "Report") -> None:
-    """Pack, sample and write some tasks; one that fails is reported and holds no other up, unless memory ran out for all."""
+    """Pack, sample and write some tasks; one that cannot be packed is reported and holds no other up, an error in
+    sampling (memory ran out) is reported for all of them."""
     start = time.perf_counter()
     packed = list(_packed(prompter, tasks, flags, defaults, noise, report))
     starts = None if noise is None else [noise[task.index] for task in packed]
     try:
-        results = sampler.generate_many(packed, steps=flags.steps or defaults.steps, posterior=flags.posterior, batch=flags.batch, noise=starts)
+        results = sampler.generate_many(packed, steps=flags.steps or defaults.steps, posterior=flags.posterior, batch=flags.batch,
+                                        noise=starts)
     except (UserError, jax.errors.JaxRuntimeError) as error:
         for task in packed:
             report.failed(f"task {task.index}: {' '.join(str(error).split())}")

@@ -17,7 +17,8 @@ from tests.tolerances import GOLDEN_IMAGE_REL, GOLDEN_PIXEL_GREY, GOLDEN_VIDEO_R
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 GOLDEN = SHARED / "golden"
-pytestmark = pytest.mark.skipif(not (GOLDEN / "pipeline.npz").is_file(), reason="needs the goldens and samples of ../shared, which is absent")
+pytestmark = pytest.mark.skipif(not (GOLDEN / "pipeline.npz").is_file(),
+                                reason="needs the goldens and samples of ../shared, which is absent")
 
 TOLERANCE = {"t2i": GOLDEN_IMAGE_REL, "i2v": GOLDEN_IMAGE_REL, "tiv2v": GOLDEN_VIDEO_REL}
 

@@ -34,7 +34,8 @@ def run(*argv: object) -> int:
 
 
 def test_tasks_are_written_kept_and_marked_as_failed(workdir, tmp_path, capsys):
-    tasks = [{"index": "one", "task": "t2i", "caption": "a red circle"}, {"index": 2, "task": "ti2i", "caption": "make it blue", "ref_image_paths": ["no.png"]},
+    tasks = [{"index": "one", "task": "t2i", "caption": "a red circle"},
+             {"index": 2, "task": "ti2i", "caption": "make it blue", "ref_image_paths": ["no.png"]},
              {"index": "three", "task": "t2i", "caption": "a blue square"}]
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
     out = tmp_path / "out"

@@ -32,8 +32,8 @@ def packed(bucket: BucketSpec, seed: int, *, image_guidance: float = 1.0, guidan
         role[:, :2 + 6] = ROLE_PAD  # 2x3 latent tokens and two boundary tokens
         branches.append(branches[1].replace(role=role))
     references = tuple(rng.integers(0, 256, (1, bucket.image_height, bucket.image_width, 3), np.uint8) for _ in range(bucket.images))
-    return PackedTask(f"task{seed}", "ti2i" if references else "t2i", bucket.frames, bucket.height, bucket.width, tuple(branches), references,
-                      shift, guidance, image_guidance, seed)
+    return PackedTask(f"task{seed}", "ti2i" if references else "t2i", bucket.frames, bucket.height, bucket.width, tuple(branches),
+                      references, shift, guidance, image_guidance, seed)
 
 
 @pytest.fixture(scope="module")

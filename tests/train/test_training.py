@@ -11,6 +11,7 @@ from vino_jax.checkpoint.run import RunCheckpoints
 from vino_jax.errors import UserError
 from vino_jax.sharding.mesh import make_mesh
 from vino_jax.sharding.rules import preset
+from vino_jax.train.config import LogConfig
 from vino_jax.train.logging import MetricWriter
 from vino_jax.train.loop import run_stage
 from vino_jax.train.stage import by_path
@@ -23,17 +24,16 @@ MESHES = {
 }
 
 
-def run(folder, *, mesh=None, name="fsdp", steps=4, stage=None, loader=tiny.Batches, params=None, preview=None):
+def run(folder, *, mesh=None, name="fsdp", steps=4, stage=None, loader=tiny.Batches, preview=None, save_every=2):
     """(all parameters, averages, losses by step) of a stage run or gone on with in `folder`."""
     model = tiny.vino()
     mesh = make_mesh(mesh or {"fsdp": 2}, jax.devices()[:int(np.prod(list((mesh or {"fsdp": 2}).values())))])
     plan = tiny.plan(model, stage or tiny.stage(steps), mesh, preset(name))
-    checkpoints = RunCheckpoints(folder / "checkpoints", keep=2, every=2)
+    checkpoints = RunCheckpoints(folder / "checkpoints", keep=2, every=save_every)
     resume = checkpoints.latest() or 0
     writer = MetricWriter(folder, resume_at={plan.stage.name: resume})
-    start = {part: jax.device_put(tree) for part, tree in (params or tiny.params(model)).items()}
     try:
-        out, average = run_stage(plan, start, loader, checkpoints, writer, tiny.LOG, quiet=True, preview=preview, say=lambda text: None)
+        out, average = run_stage(plan, tiny.params(model), loader, checkpoints, writer, LogConfig(every=1, checkpoint_every=save_every), quiet=True, preview=preview, say=lambda text: None)
     finally:
         checkpoints.close()
         writer.close()
@@ -43,12 +43,12 @@ def run(folder, *, mesh=None, name="fsdp", steps=4, stage=None, loader=tiny.Batc
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("one"), mesh=ONE, steps=20)
+    return run(tmp_path_factory.mktemp("one"), mesh=ONE, steps=20, save_every=20)
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_give_the_loss_curve_of_one(name, one_device, tmp_path):
-    params, _, losses = run(tmp_path, mesh=MESHES[name], name=name, steps=20)
+    _, _, losses = run(tmp_path, mesh=MESHES[name], name=name, steps=20, save_every=20)
     assert len(losses) == 20
     worst = max(abs(losses[step] - one_device[2][step]) for step in range(1, 21))
     assert worst < tolerances.MESH_LOSS_ABS, worst

@@ -7,12 +7,10 @@ from vino_jax.batch import BucketSpec
 from vino_jax.models.vino import Vino
 from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import VinoConfig, build
-from vino_jax.train.config import LogConfig
 from vino_jax.train.loop import StagePlan, make_encoder
 from vino_jax.train.stage import StageConfig
 
 BUCKET = BucketSpec("edit", 8, 5, 32, 32, 12, images=1, image_height=32, image_width=32)
-LOG = LogConfig(every=1, checkpoint_every=2, keep=2)
 
 
 def vino(dtype: str = "float32") -> Vino:
@@ -22,7 +20,7 @@ def vino(dtype: str = "float32") -> Vino:
 def params(model: Vino, seed: int = 0):
     """Random values by numpy: initialising by JAX costs more compilation than a test should."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: (rng.standard_normal(x.shape) * 0.15 + (0.85 if x.ndim == 1 else 0.0)).astype(np.float32), model.abstract)
+    return jax.tree.map(lambda x: (rng.standard_normal(x.shape) * 0.05 + (0.9 if x.ndim == 1 else 0.0)).astype(np.float32), model.abstract)
 
 
 def stage(steps: int = 4, rules: str = "stage3", **entries) -> StageConfig:

@@ -85,13 +85,14 @@ def make_encoder(vino: Vino, mesh: Mesh, rules: dict) -> Callable[[Params, Batch
 def start_state(plan: StagePlan, params: Params, checkpoints: RunCheckpoints) -> tuple[TrainState, Params, Any]:
     """The state to go on from (the last complete checkpoint, else `params`), the frozen rest, and the optimizer."""
     rates = stages.rates(plan.stage, params)
+    params = jax.device_put(params, shardings(params, plan.vino.axes_of(params), plan.mesh, plan.rules))
     trainable, frozen = stages.split(params, rates)
-    trainable_axes, _ = stages.split(plan.vino.axes_of(params), rates)
+    trainable_shardings = jax.tree.map(lambda x: x.sharding, trainable)
     tx = optimizer(plan.stage, rates)
     rng = jax.random.key_data(jax.random.key(plan.seed))
     make = lambda p: new_state(p, tx, rng, ema=plan.stage.ema > 0)  # noqa: E731
     abstract = jax.eval_shape(make, trainable)
-    placed = state_shardings(abstract, shardings(trainable, trainable_axes, plan.mesh, plan.rules), tx, plan.mesh)
+    placed = state_shardings(abstract, trainable_shardings, tx, plan.mesh)
     if checkpoints.latest() is None:
         return jax.jit(make, out_shardings=placed, donate_argnums=0)(trainable), frozen, tx
     state, _ = checkpoints.restore(checkpoints.latest(), with_shardings(abstract, placed))
