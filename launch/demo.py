@@ -45,12 +45,13 @@ class Size:
     sampling_steps: int
     prompts: int
     edits: int
+    clips: int
     show: int
     environment: dict[str, str]
 
 
-FULL = Size(None, {"preview_every": 0}, 12, 200, 40, 4, {})
-SHORT = Size((3, 3, 3), {"every": 1, "checkpoint_every": 2, "preview_every": 0}, 2, 4, 2, 2, {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+FULL = Size(None, {"preview_every": 0}, 12, 200, 40, 20, 4, {})
+SHORT = Size((2, 6, 2), {"every": 1, "checkpoint_every": 2, "preview_every": 0}, 2, 4, 2, 2, 2, {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
 
 
 @dataclass
@@ -76,7 +77,8 @@ class Demo:
                 "JAX_COMPILATION_CACHE_DIR": str(self.output / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
                 "HF_HUB_OFFLINE": "1", **self.size.environment}
 
-    def command(self, module: str, *flags: object, log: str, devices: int = 1, watch: Callable[[subprocess.Popen], None] | None = None) -> int:
+    def command(self, module: str, *flags: object, log: str, devices: int = 1,
+                watch: Callable[[subprocess.Popen], None] | None = None) -> int:
         """Run a command of launch/ to its end; its lines go to OUTPUT/<log>.log. Returns the exit code."""
         with (self.output / f"{log}.log").open("a") as file:
             process = subprocess.Popen([sys.executable, "-m", module, *map(str, flags)], cwd=ROOT, env=self.environment(devices),
@@ -123,7 +125,8 @@ class Watch:
             self._told = (stage, step)
             print(f"   {stage} step {step}: loss {last['loss']:.4f}, {last['samples_a_second']:.0f} samples a second", flush=True)
         if self.stop and stage == STOPPED_IN and 0 < saved_step(self.workdir, stage) < step:
-            print(f"   SIGTERM to the run at {stage} step {step}, after the checkpoint of step {saved_step(self.workdir, stage)}", flush=True)
+            saved = saved_step(self.workdir, stage)
+            print(f"   SIGTERM to the run at {stage} step {step}, after the checkpoint of step {saved}", flush=True)
             process.send_signal(signal.SIGTERM)
             self.stop = False
 
@@ -150,8 +153,8 @@ def train(demo: Demo, name: str, config: str, *flags: str, stop: bool = False) -
     code = demo.command("launch.train", *command, log=f"train_{name}", devices=devices, watch=Watch(workdir, stop))
     demo.done(code, f"train_{name}", (0, EXIT_PREEMPTED, -signal.SIGTERM) if stop else (0,))
     if code:
-        print(f"   it ended with exit code {code}, saved at {STOPPED_IN} step {saved_step(workdir, STOPPED_IN)}; the same command again goes on there",
-              flush=True)
+        saved = saved_step(workdir, STOPPED_IN)
+        print(f"   it ended with exit code {code}, saved at {STOPPED_IN} step {saved}; the same command again goes on there", flush=True)
         code = demo.command("launch.train", *command, log=f"train_{name}", devices=devices, watch=Watch(workdir, False))
         demo.done(code, f"train_{name}")
     elif stop:
@@ -189,14 +192,14 @@ def evaluate(demo: Demo) -> None:
     size, output = demo.size, demo.output
     code = demo.command("launch.evaluate", "--checkpoint", output / "train", "--against", f"base={output / 'train' / 'init'}", "--against",
                         f"no_stage1={output / 'no_stage1'}", "--config", CONFIG, "--output", output / "scores", "--prompts", size.prompts,
-                        "--edits", size.edits, "--steps", size.sampling_steps, "--show", size.show, log="evaluate")
+                        "--edits", size.edits, "--clips", size.clips, "--steps", size.sampling_steps, "--show", size.show, log="evaluate")
     demo.done(code, "evaluate")
 
 
 def report(demo: Demo) -> Path:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    facts = {"config": CONFIG, "date": date.today().isoformat(), "devices": f"{MESH['data'] * MESH['fsdp']} virtual, on {os.cpu_count()} CPU cores",
-             "peak memory of a process": f"{peak:.1f} GB"}
+    facts = {"config": CONFIG, "date": date.today().isoformat(), "peak memory of a process": f"{peak:.1f} GB",
+             "devices": f"{MESH['data'] * MESH['fsdp']} virtual, on {os.cpu_count()} CPU cores"}
     lead = ("Three stages of training, resumed once on the way; then every task on samples that training never drew, next to the base that "
             "training started from and to a run that skipped stage 1.")
     if demo.size is SHORT:
@@ -230,7 +233,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(demo, "no_stage1", WITHOUT_STAGE1, init)
     with demo.phase("sample", "a task file of all eight tasks, by launch.sample"):
         sample_task_file(demo)
-    with demo.phase("evaluate", f"{demo.size.prompts} unseen prompts and {demo.size.edits} of every other task, for each of three checkpoints"):
+    size = demo.size
+    with demo.phase("evaluate", f"three checkpoints on unseen samples: {size.prompts} of t2i, {size.edits} of each other picture task, "
+                                f"{size.clips} of each clip task"):
         evaluate(demo)
     with demo.phase("report", "curves, scores and contact sheets in one HTML file"):
         path = report(demo)

@@ -1,6 +1,7 @@
 """Score checkpoints on held-out `shapes`: generate what each task poses, and judge the outputs by program.
 
-    python -m launch.evaluate --checkpoint DIR --config configs/shapes.py --output DIR [--against NAME=DIR ...] [--prompts 200 --edits 40]
+    python -m launch.evaluate --checkpoint DIR --config configs/shapes.py --output DIR [--against NAME=DIR ...]
+                              [--prompts 200 --edits 40 --clips 20]
 
 Writes OUTPUT/scores.json, outputs/<checkpoint>/<task>/<number>.png|.mp4, and for the first few samples of every task their
 references/, ideal/ targets and samples.json, from which vino_jax/evaluation/report.py draws. Finished (checkpoint, task) pairs in
@@ -34,7 +35,6 @@ from vino_jax.errors import UserError
 from vino_jax.evaluation import shapes as scorer
 from vino_jax.evaluation.metrics import steadiness
 from vino_jax.models.vino import Vino
-from vino_jax.nn.runtime import Runtime
 from vino_jax.sampling.defaults import SamplingConfig
 from vino_jax.sampling.pipeline import Sampler
 from vino_jax.sampling.video import write_output
@@ -58,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--against", action="append", default=[], metavar="NAME=DIR", help="a further checkpoint to score; may be repeated")
     p.add_argument("--tasks", default=",".join(TASKS), help="comma-separated (default: all eight)")
     p.add_argument("--prompts", type=int, default=200, help="samples of t2i (default 200)")
-    p.add_argument("--edits", type=int, default=40, help="samples of every other task (default 40)")
+    p.add_argument("--edits", type=int, default=40, help="samples of each other picture task (default 40)")
+    p.add_argument("--clips", type=int, default=20, help="samples of each clip task (default 20)")
     p.add_argument("--steps", type=int, help="of denoising (default: the config's sampling.steps)")
     p.add_argument("--guidance", type=float, help="by the text (default: the config's sampling.guidance_*)")
     p.add_argument("--seed", type=int, default=0, help="of samples and noise (default 0)")
@@ -89,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             sampler, prompter, facts = models.load(directory)
             scores.describe(name, facts)
             for task in waiting[name]:
-                scores.add(name, task, evaluate(sampler, prompter, task, posed(task), flags, sampling, flags.output / "outputs" / name / task))
+                folder = flags.output / "outputs" / name / task
+                scores.add(name, task, evaluate(sampler, prompter, task, posed(task), flags, sampling, folder))
                 print(f"{name} {task}: {scores.line(name, task)}", flush=True)
     print(f"scores: {flags.output / 'scores.json'}", flush=True)
 
@@ -100,7 +102,7 @@ def read_candidates(flags: argparse.Namespace) -> dict[str, Path]:
     for entry in flags.against:
         name, equals, directory = entry.partition("=")
         if not equals or not name.replace("_", "").isalnum() or name in found:
-            raise UserError(f"--against {entry!r} must be NAME=DIR, each name once and of letters, digits and _ ('{MAIN}' is --checkpoint's)")
+            raise UserError(f"--against {entry!r} must be NAME=DIR, each name once, of letters, digits and _ ('{MAIN}' is --checkpoint's)")
         found[name] = Path(directory)
     found = {name: model_directory(path) for name, path in found.items()}
     for path in found.values():
@@ -117,7 +119,7 @@ def read_task_names(text: str) -> list[str]:
 
 
 def check_flags(flags: argparse.Namespace, sampling: SamplingConfig) -> None:
-    for name in ("prompts", "edits", "batch", "steps"):
+    for name in ("prompts", "edits", "clips", "batch", "steps"):
         value = getattr(flags, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
@@ -127,8 +129,8 @@ def check_flags(flags: argparse.Namespace, sampling: SamplingConfig) -> None:
 
 def settings(flags: argparse.Namespace, config: RunConfig, sampling: SamplingConfig) -> dict[str, Any]:
     """What scores depend on beside checkpoint and task; scores of other settings are not mixed."""
-    return {"prompts": flags.prompts, "edits": flags.edits, "steps": flags.steps or sampling.steps, "guidance": flags.guidance, "seed": flags.seed,
-            "sampling": dataclasses.asdict(sampling), "fresh_parts_seed": config.seed}
+    given = {name: getattr(flags, name) for name in ("prompts", "edits", "clips", "guidance", "seed")}
+    return {**given, "steps": flags.steps or sampling.steps, "sampling": dataclasses.asdict(sampling), "fresh_parts_seed": config.seed}
 
 
 def options(flags: argparse.Namespace, sampling: SamplingConfig, picture: bool, number: int = 0) -> SamplingOptions:
@@ -136,7 +138,8 @@ def options(flags: argparse.Namespace, sampling: SamplingConfig, picture: bool, 
     height, width = sampling.size(picture)
     guidance = flags.guidance if flags.guidance is not None else sampling.guidance(picture)
     return SamplingOptions(height=height, width=width, num_frames=1 if picture else sampling.num_frames, seed=flags.seed * 100_003 + number,
-                           guidance=guidance, shift=sampling.shift(picture), image_guidance=sampling.image_guidance, negative_prompt="", round_to=8)
+                           guidance=guidance, shift=sampling.shift(picture), image_guidance=sampling.image_guidance, negative_prompt="",
+                           round_to=8)
 
 
 # --- what is asked ---
@@ -145,7 +148,7 @@ def options(flags: argparse.Namespace, sampling: SamplingConfig, picture: bool, 
 def poses(task: str, flags: argparse.Namespace, sampling: SamplingConfig) -> list[Sample]:
     """The held-out samples of a task."""
     picture = task in PICTURE_TASKS
-    count = flags.prompts if task == "t2i" else flags.edits
+    count = flags.prompts if task == "t2i" else flags.edits if picture else flags.clips
     size = (1 if picture else sampling.num_frames, *sampling.size(picture))
     return [shapes.sample(shapes.held_out(flags.seed), i, task, *size) for i in range(count)]
 
@@ -194,8 +197,8 @@ class Models:
         architecture = resolve_model(directory, config.model)
         if architecture not in self._samplers:
             on_cpu = jax.default_backend() == "cpu"
-            vino = Vino(architecture, Runtime("float32" if on_cpu else config.runtime.dtype, config.runtime.remat, config.runtime.attention))
-            self._samplers[architecture] = Sampler(vino, None, mesh=self._mesh, rules=self._rules)
+            runtime = dataclasses.replace(config.runtime, dtype="float32") if on_cpu else config.runtime
+            self._samplers[architecture] = Sampler(Vino(architecture, runtime), None, mesh=self._mesh, rules=self._rules)
         sampler = self._samplers[architecture]
         sampler.params = initial_params(sampler.vino, directory, [], self._mesh, self._rules, config.seed, config.init.require)
         held = checkpoint.read_info(directory).parts
@@ -236,8 +239,8 @@ def fill(tasks: Sequence[PackedTask], batch: int) -> list[PackedTask]:
     return out
 
 
-def evaluate(sampler: Sampler, prompter: Prompter, task: str, samples: Sequence[Sample], flags: argparse.Namespace, sampling: SamplingConfig,
-             folder: Path) -> dict[str, Any]:
+def evaluate(sampler: Sampler, prompter: Prompter, task: str, samples: Sequence[Sample], flags: argparse.Namespace,
+             sampling: SamplingConfig, folder: Path) -> dict[str, Any]:
     """Generate, write and score the samples of one task: {"count", "seconds", "attributes": {name: {"mean", "count", "chance"}}}."""
     start = time.perf_counter()
     packed = [pack_example(sample, prompt(sample), prompter, options(flags, sampling, task in PICTURE_TASKS, i), sample.target.shape[1:3])
@@ -281,7 +284,8 @@ class Scores:
             kept = json.loads(self._path.read_text())
             for name, value in settings.items():
                 if kept["settings"].get(name) != value:
-                    raise UserError(f"{self._path} was made with {name} = {kept['settings'].get(name)}, not {value}; choose another --output")
+                    before = kept["settings"].get(name)
+                    raise UserError(f"{self._path} was made with {name} = {before}, not {value}; choose another --output")
             self._data = kept
 
     def begin(self, name: str, directory: Path) -> None:

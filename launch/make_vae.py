@@ -31,6 +31,7 @@ from vino_jax.settings import VAEConfig
 SIZES = VAEConfig(block_widths=(16, 24, 32, 40), layers_per_block=1, norm_groups=2, scaling_factor=1.0)
 PART = Path("data_pipelines/shapes_parts/hunyuan/vae")
 SIDE = 64  # pixels
+PATH = 8  # channels of start_params
 KL_WEIGHT = 1e-4
 PEAK_RATE = 6e-4
 WRITE_EVERY = 150
@@ -43,6 +44,49 @@ def pixels(seed: int, first: int, count: int, task: str, frames: int) -> np.ndar
     """Samples first..first+count-1 of the stream `seed`: (count, frames, SIDE, SIDE, 3) float32 in [-1, 1]."""
     clips = [shapes.sample(seed, first + i, task, frames, SIDE, SIDE).target for i in range(count)]
     return np.stack(clips).astype(np.float32) / 127.5 - 1.0
+
+
+def start_params(key: jax.Array) -> Params:
+    """Random parameters with a path laid through them that averages 8x8 pixels and repeats them, so that training starts from a blurred
+    picture in the right colours and not from noise: the network is deep and normalised, and finds colours slowly by itself.
+
+    The path is the first 8 channels: red, green, blue, their negatives, and the constants +4 and -4. So group means are 0 and group norms
+    hardly depend on the picture, and silu(u) - silu(-u) = u is linear. Other channels stay random, residual branches start small and leave the path alone.
+    """
+    params = jax.tree.map(np.array, jax.jit(VAE_PART.init)(key))
+    colours = np.concatenate([np.eye(3), -np.eye(3), np.zeros((3, 2))], axis=1, dtype=np.float32)  # 3 -> the path
+    for half in (params["encoder"], params["decoder"]):
+        blocks = half["down_blocks" if half is params["encoder"] else "up_blocks"].values()
+        resnets = [resnet for block in (*blocks, half["mid_block"]) for resnet in block["resnets"].values()]
+        for resnet in resnets:
+            resnet["conv2"]["kernel"] *= 0.1
+            resnet["conv2"]["kernel"][..., :PATH] = 0.0
+            if "conv_shortcut" in resnet:
+                resnet["conv_shortcut"]["kernel"][:, :PATH] = np.eye(len(resnet["conv_shortcut"]["kernel"]), PATH)
+        half["mid_block"]["attentions"]["0"]["to_out"]["kernel"] *= 0.1
+        half["mid_block"]["attentions"]["0"]["to_out"]["kernel"][:, :PATH] = 0.0
+        for block in blocks:
+            for name, taps in (("downsamplers", (1, 2)), ("upsamplers", (1,))):
+                if name in block:
+                    _lay(block[name]["0"]["conv"]["kernel"], np.eye(PATH), taps, np.s_[:PATH], np.s_[:PATH])
+        _lay(half["conv_in"]["kernel"], colours, (1,), np.s_[:3], np.s_[:PATH])
+        half["conv_in"]["kernel"][..., PATH:] *= 0.3
+        half["conv_in"]["bias"][PATH - 2:PATH] = 4.0, -4.0
+        spread = np.sqrt(32.0 * SIZES.norm_groups / len(half["conv_norm_out"]["scale"]))  # of a group that holds nothing but the constants
+        _lay(half["conv_out"]["kernel"], spread * colours.T, (1,), np.s_[:PATH], np.s_[:3])
+    latent = SIZES.latent_channels
+    params["quant_conv"]["kernel"][:], params["post_quant_conv"]["kernel"][:] = np.eye(2 * latent), np.eye(latent)
+    params["encoder"]["conv_out"]["kernel"][..., latent:] *= 0.1
+    params["quant_conv"]["bias"][latent:] = -6.0  # noise of standard deviation 1 would drown what untrained latents say
+    return jax.tree.map(jnp.asarray, params)
+
+
+def _lay(kernel: np.ndarray, matrix: np.ndarray, taps: tuple[int, ...], inputs: slice, outputs: slice) -> None:
+    """Overwrite `outputs` of a (3, 3, 3, in, out) kernel: the mean over the taps of rows and columns, of the last frame, times a matrix."""
+    kernel[..., outputs] = 0.0
+    for row in taps:
+        for column in taps:
+            kernel[2, row, column, inputs, outputs] = matrix / len(taps) ** 2
 
 
 def loss(params: Params, pixels_BFHWC: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -116,10 +160,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     key = jax.random.key(args.seed)
-    params = VAE_PART.init(key)
-    # Noise of standard deviation 1 on untrained latents would drown what they say: start with little.
-    logvar = jnp.arange(2 * SIZES.latent_channels) >= SIZES.latent_channels
-    params["quant_conv"]["bias"] = jnp.where(logvar, -6.0, params["quant_conv"]["bias"])
+    params = start_params(key)
     state = OPTIMIZER.init(params)
     rate = optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, min(50, args.steps // 4), args.steps, PEAK_RATE / 100)
     start, seen = time.perf_counter(), 0

@@ -73,15 +73,17 @@ def line_chart(lines: Sequence[Line], *, x_name: str, y_name: str, size: tuple[i
         parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP - 6}" y2="{height - _BOTTOM}" class="mark"/>'
                      f'<text x="{at + 4:.1f}" y="{_TOP - 9}" class="axis">{escape(words)}</text>')
     parts += [_curve(line, place) for line in lines]
+    middle = f'class="axis" text-anchor="middle" transform="rotate(-90 12 {height / 2})"'
     parts.append(f'<text x="{(width + _LEFT) / 2}" y="{height - 4}" class="axis" text-anchor="middle">{escape(x_name)}</text>'
-                 f'<text x="12" y="{height / 2}" class="axis" text-anchor="middle" transform="rotate(-90 12 {height / 2})">{escape(y_name)}</text></svg>')
+                 f'<text x="12" y="{height / 2}" {middle}>{escape(y_name)}</text></svg>')
     return "".join(parts)
 
 
 def legend(lines: Sequence[Line]) -> str:
     """Names with their colours, as HTML."""
     named = [line for line in lines if not line.faint]
-    return '<p class="legend">' + "".join(f'<span><i style="background:{line.colour}"></i>{escape(line.name)}</span>' for line in named) + "</p>"
+    names = (f'<span><i style="background:{line.colour}"></i>{escape(line.name)}</span>' for line in named)
+    return f'<p class="legend">{"".join(names)}</p>'
 
 
 def _curve(line: Line, place) -> str:

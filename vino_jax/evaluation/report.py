@@ -22,7 +22,8 @@ LABELS = {"trained": "trained", "base": "untrained base", "no_stage1": "stage 1 
 COLOURS = ("#1f6feb", "#d9822b", "#8250df", "#1a7f37")
 TITLES = {
     "t2i": "text to picture", "t2v": "text to clip", "i2v": "first frame to clip", "ti2v": "pictured objects into a clip",
-    "ti2i": "picture edited", "ti2i_baseimg": "picture edited, with a reference", "tv2v": "clip edited", "tiv2v": "clip edited, with a reference",
+    "ti2i": "picture edited", "ti2i_baseimg": "picture edited, with a reference", "tv2v": "clip edited",
+    "tiv2v": "clip edited, with a reference",
 }
 WORDS = {"colour": "colour", "shape": "shape", "count": "count", "relation": "relation", "pair": "both objects", "motion": "motion",
          "followed": "instruction followed", "preserved": "rest preserved (PSNR)", "steadiness": "steadiness"}
@@ -35,15 +36,21 @@ _STYLE = """
 body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:#1f2328;background:#f6f8fa;margin:0}
 main{max-width:1120px;margin:0 auto;padding:28px 20px 60px}h1{font-size:27px;margin:0 0 2px}h2{font-size:19px;margin:0 0 10px}
 h3{font-size:15px;margin:20px 0 6px}section{background:#fff;border:1px solid #d8dee4;border-radius:10px;padding:18px 22px;margin:18px 0}
-p{margin:6px 0}.lead,.axis,.note{color:#59636e}.note{font-size:13px}.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:8px 20px;margin:14px 0 0}
+p{margin:6px 0}.lead,.axis,.note{color:#59636e}.note{font-size:13px}
+.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:8px 20px;margin:14px 0 0}
 .facts div{border-left:3px solid #d8dee4;padding-left:10px}.facts b{display:block;font-size:12px;color:#59636e;font-weight:500}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:14px}svg{width:100%;height:auto;display:block}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:14px}
+svg{width:100%;height:auto;display:block}
 .axis{font-size:11px;fill:#59636e}.grid{stroke:#eaeef2}.mark{stroke:#afb8c1;stroke-dasharray:3 3}
-.legend{font-size:13px;margin:2px 0}.legend span{margin-right:18px}.legend i{display:inline-block;width:14px;height:4px;border-radius:2px;margin-right:6px;vertical-align:middle}
-table{border-collapse:collapse;width:100%;font-size:14px}th,td{padding:5px 10px;text-align:right;border-bottom:1px solid #eaeef2;font-variant-numeric:tabular-nums}
-th{font-weight:600;font-size:13px;color:#59636e}th:first-child,td:first-child{text-align:left}tr.task td{background:#f6f8fa;font-weight:600;text-align:left}
-td.best{font-weight:700}td.clear{color:#1a7f37;font-weight:600}ul{margin:6px 0;padding-left:20px}li{margin:4px 0}
-.sheet{overflow-x:auto}.sheet td,.sheet th{text-align:center;vertical-align:middle;padding:6px}.sheet td:first-child{text-align:left;width:260px;font-size:13px}
+.legend{font-size:13px;margin:2px 0}.legend span{margin-right:18px}
+.legend i{display:inline-block;width:14px;height:4px;border-radius:2px;margin-right:6px;vertical-align:middle}
+table{border-collapse:collapse;width:100%;font-size:14px}
+th,td{padding:5px 10px;text-align:right;border-bottom:1px solid #eaeef2;font-variant-numeric:tabular-nums}
+th{font-weight:600;font-size:13px;color:#59636e}th:first-child,td:first-child{text-align:left}
+tr.task td{background:#f6f8fa;font-weight:600;text-align:left}td.best{font-weight:700}
+td.clear{color:#1a7f37;font-weight:600}ul{margin:6px 0;padding-left:20px}li{margin:4px 0}
+.sheet{overflow-x:auto}.sheet td,.sheet th{text-align:center;vertical-align:middle;padding:6px}
+.sheet td:first-child{text-align:left;width:260px;font-size:13px}
 .sheet img{width:84px;height:auto;image-rendering:pixelated;border-radius:4px;border:1px solid #d8dee4;margin:1px;vertical-align:middle}
 .sheet td.main{background:#eef5ff}
 """
@@ -53,21 +60,23 @@ def write_report(path: Path, *, title: str, lead: str, facts: Mapping[str, str],
                  timings: Sequence[tuple[str, float]] = ()) -> Path:
     """Write the report.
 
-    facts: label -> value, told at the top. runs: name -> workdir of a training run ("trained" first; "no_stage1" where there is one).
-    evaluation: what launch.evaluate wrote. timings: (phase, seconds). Raises UserError where a file is missing or damaged.
+    facts: label -> value, told at the top. runs: name -> workdir of a training run, "trained" first. evaluation: what
+    launch.evaluate wrote. timings: (phase, seconds). Raises UserError where a file is missing or damaged.
     """
     scores, samples = read_json(evaluation / "scores.json"), read_json(evaluation / "samples.json")
     metrics = {name: read_metrics(workdir) for name, workdir in runs.items()}
     body = [
-        f"<section><h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p>{_facts({**facts, **_run_facts(runs, metrics, scores)})}</section>",
+        f"<section><h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p>"
+        f"{_facts({**facts, **_run_facts(runs, metrics, scores)})}</section>",
         f"<section><h2>What the numbers say</h2>{_list(reading(scores) + stage_reading(metrics))}</section>",
         f"<section><h2>Training</h2>{_training(metrics)}</section>",
         f"<section><h2>Scores on unseen samples</h2>{_table(scores)}</section>",
         _sheets(evaluation, scores, samples),
     ]
     if timings:
-        rows = "".join(f"<tr><td>{escape(phase)}</td><td>{seconds:.0f} s</td></tr>" for phase, seconds in timings)
-        body.append(f"<section><h2>Time</h2><table>{rows}<tr><td><b>all</b></td><td><b>{sum(s for _, s in timings):.0f} s</b></td></tr></table></section>")
+        every = [*timings, ("all", sum(seconds for _, seconds in timings))]
+        rows = "".join(f"<tr><td>{escape(phase)}</td><td>{seconds:.0f} s</td></tr>" for phase, seconds in every)
+        body.append(f"<section><h2>Time</h2><table>{rows}</table></section>")
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +128,8 @@ def ahead(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
 def reading(scores: Mapping[str, Any], main: str = "trained") -> list[str]:
     """Plain sentences about the scores, computed from them."""
     found = scores["checkpoints"]
-    rows = [(task, name, a) for task, result in found[main]["tasks"].items() for name, a in result["attributes"].items() if a["chance"] is not None]
+    rows = [(task, name, a) for task, result in found[main]["tasks"].items() for name, a in result["attributes"].items()
+            if a["chance"] is not None]
     clear = [(task, name, a) for task, name, a in rows if above_chance(a) > _CLEAR]
     rest = [(task, name, a) for task, name, a in rows if above_chance(a) <= _CLEAR]
 
@@ -152,8 +162,8 @@ def _comparison(found: Mapping[str, Any], main: str, other: str) -> list[str]:
         return []
     who = "the full curriculum" if other == "no_stage1" else f"the {label(main)} model"
     against = "the same number of steps with stage 1 skipped" if other == "no_stage1" else f"the {label(other)}"
-    out = [f"Against {against}, {who} is ahead in {len(better)} of {total} rates, behind in {len(worse)}, and even within {_APART:.0f} standard "
-           f"errors in {even}." + (f" Ahead: {', '.join(better)}." if better else "") + (f" Behind: {', '.join(worse)}." if worse else "")]
+    out = [f"Against {against}, {who} is ahead in {len(better)} of {total} rates, behind in {len(worse)}, and even within {_APART:.0f} "
+           f"standard errors in {even}." + (f" Ahead: {', '.join(better)}." if better else "") + (f" Behind: {', '.join(worse)}." if worse else "")]
     edits = [(task, a, b) for task, name, a, b in _pairs(found, main, other) if name == "followed"]
     if edits and other == "base":
         wins = [task for task, a, b in edits if ahead(a, b) > _APART]
@@ -245,9 +255,11 @@ def _training(metrics: Mapping[str, Mapping[str, list[dict]]]) -> str:
         bins = sorted(k for k in records[-1] if k.startswith("loss_t") and k[6:].replace(".", "").isdigit())
         both = [[(float(k[6:]) + 0.05, ends(records, k)[i]) for k in bins] for i in (0, 1)]
         pair = [Line("start of the stage", both[0], "#8c959f", dashed=True), Line("end of the stage", both[1], COLOURS[0])]
-        panels.append(f"<div><h3>{escape(stage)}</h3>{line_chart(pair, x_name='flow time (0 data, 1 noise)', y_name='loss', size=(340, 210))}{legend(pair)}</div>")
-    return (f"<p class=note>Pale: each record; bold: mean of five. A stage changes tasks and texts, so curves may jump at its start.</p>{whole}{legend(lines)}"
-            f"<h3>Loss by timestep bin, {escape(label(next(iter(metrics), '')))}</h3><div class=charts>{''.join(panels)}</div>")
+        svg = line_chart(pair, x_name="flow time (0 data, 1 noise)", y_name="loss", size=(340, 210))
+        panels.append(f"<div><h3>{escape(stage)}</h3>{svg}{legend(pair)}</div>")
+    return ("<p class=note>Pale: each record; bold: mean of five. A stage changes tasks and texts, so curves may jump at its start.</p>"
+            f"{whole}{legend(lines)}<h3>Loss by timestep bin, {escape(label(next(iter(metrics), '')))}</h3>"
+            f"<div class=charts>{''.join(panels)}</div>")
 
 
 def _table(scores: Mapping[str, Any]) -> str:
@@ -256,11 +268,14 @@ def _table(scores: Mapping[str, Any]) -> str:
     head = "".join(f"<th>{escape(label(n))}</th>" for n in names)
     rows = []
     for task, result in found[names[-1]]["tasks"].items():
-        rows.append(f'<tr class="task"><td colspan="{len(names) + 3}">{escape(task)} · {TITLES[task]} · {result["count"]} samples</td></tr>')
-        rows += [_row(name, [found[n]["tasks"].get(task, {"attributes": {}})["attributes"].get(name) for n in names]) for name in result["attributes"]]
+        words = f"{escape(task)} · {TITLES[task]} · {result['count']} samples"
+        rows.append(f'<tr class="task"><td colspan="{len(names) + 3}">{words}</td></tr>')
+        by_model = [found[n]["tasks"].get(task, {"attributes": {}})["attributes"] for n in names]
+        rows += [_row(name, [attributes.get(name) for attributes in by_model]) for name in result["attributes"]]
     settings = scores["settings"]
-    return (f"<p class=note>Right or wrong by program, on scenes that training never draws (seed {settings['seed']}). Chance is what uniform guessing of "
-            f"well-formed scenes gives; a picture without any object scores 0. Green: {_CLEAR:.0f} standard errors above chance. "
+    return (f"<p class=note>Right or wrong by program, on scenes that training never draws (seed {settings['seed']}). Chance is what "
+            "uniform guessing of well-formed scenes gives; a picture without any object scores 0. "
+            f"Green: {_CLEAR:.0f} standard errors above chance. "
             f"Rest preserved: PSNR against the source outside the changed region. Steadiness: 1 − mean change between frames.</p>"
             f"<table><tr><th></th><th>chance</th>{head}<th>trained / chance</th></tr>{''.join(rows)}</table>")
 
@@ -292,11 +307,13 @@ def _sheets(evaluation: Path, scores: Mapping[str, Any], samples: Mapping[str, A
         rows = []
         for entry in samples.get(task, ()):
             references = "".join(_media(evaluation / path) for path in entry["references"])
-            outputs = "".join(f'<td class="{"main" if name == "trained" else ""}">{_output(evaluation, name, task, entry["index"])}</td>' for name in names)
-            rows.append(f'<tr><td>{escape(entry["prompt"])}</td><td>{references or "–"}</td>{outputs}<td>{_media(evaluation / entry["ideal"])}</td></tr>')
+            outputs = "".join(f'<td class="{"main" if name == "trained" else ""}">{_output(evaluation, name, task, entry["index"])}</td>'
+                              for name in names)
+            rows.append(f'<tr><td>{escape(entry["prompt"])}</td><td>{references or "–"}</td>{outputs}'
+                        f'<td>{_media(evaluation / entry["ideal"])}</td></tr>')
         head = "".join(f"<th>{escape(label(n))}</th>" for n in names)
-        out.append(f'<h3>{escape(task)} · {TITLES[task]}</h3><div class="sheet"><table><tr><th>prompt</th><th>references</th>{head}<th>ideal target</th></tr>'
-                   f"{''.join(rows)}</table></div>")
+        out.append(f'<h3>{escape(task)} · {TITLES[task]}</h3><div class="sheet"><table><tr><th>prompt</th><th>references</th>{head}'
+                   f"<th>ideal target</th></tr>{''.join(rows)}</table></div>")
     return ("<section><h2>Contact sheets</h2><p class=note>The first unseen samples of every task, not chosen by hand. Clips move.</p>"
             f"{''.join(out)}</section>")
 

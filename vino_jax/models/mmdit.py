@@ -26,6 +26,12 @@ _TIME_FEATURES = 256
 _SMALL = 0.1
 
 
+def _parts(modulation: Linear, signal_BD: jax.Array, count: int) -> list[jax.Array]:
+    """The shifts, scales and gates (B, D) that one product gives side by side. They are gathered before they are cut: XLA's partitioner
+    (jax 0.10.2) gives wrong numbers for pieces of a dim that lies over "tensor" while rows lie over two mesh axes."""
+    return jnp.split(constrain(modulation(signal_BD), "batch", None), count, axis=-1)
+
+
 def _modulate(x_BLD, shift_BD, scale_BD):
     return x_BLD * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
@@ -77,7 +83,7 @@ class RefinerBlock(nnx.Module):
         self.gates = Linear(width, 2 * width, ("embed", "modulation"), rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array, signal_BD: jax.Array, mask_B1LL: jax.Array, kernel: str) -> jax.Array:
-        gate_attention, gate_mlp = jnp.split(self.gates(signal_BD)[:, None], 2, axis=-1)
+        gate_attention, gate_mlp = (gate[:, None] for gate in _parts(self.gates, signal_BD, 2))
         q, k, v = self.attention(self.norm1(x_BLD))
         x_BLD = x_BLD + gate_attention * self.out(attend(q, k, v, mask=mask_B1LL, kernel=kernel).reshape(x_BLD.shape))
         return x_BLD + gate_mlp * self.mlp(self.norm2(x_BLD))
@@ -116,7 +122,7 @@ class Stream(nnx.Module):
 
     def before(self, x_BLD: jax.Array, signal_BD: jax.Array):
         """(q, k, v) for the joint attention, and what `after` needs of the modulation."""
-        shift, scale, *rest = jnp.split(self.modulation(signal_BD), 6, axis=-1)
+        shift, scale, *rest = _parts(self.modulation, signal_BD, 6)
         return self.attention(_modulate(self.norm(x_BLD), shift, scale)), rest
 
     def after(self, x_BLD: jax.Array, attended_BLNH: jax.Array, rest: list[jax.Array]) -> jax.Array:
@@ -154,7 +160,7 @@ class SingleBlock(nnx.Module):
         self.out = Linear(width + hidden, width, ("mlp", "embed"), rngs=rngs)
 
     def __call__(self, x_BSD: jax.Array, signal_BD: jax.Array, rope, mask_B11S: jax.Array, kernel: str) -> jax.Array:
-        shift, scale, gate = jnp.split(self.modulation(signal_BD), 3, axis=-1)
+        shift, scale, gate = _parts(self.modulation, signal_BD, 3)
         normed = _modulate(self.norm(x_BSD), shift, scale)
         q, k, v = self.attention(normed)
         attended = attend(apply_rope(q, *rope), apply_rope(k, *rope), v, mask=mask_B11S, kernel=kernel).reshape(x_BSD.shape)
@@ -203,7 +209,7 @@ class MMDiT(nnx.Module):
         rope = self._rope(position_BV3, context_BLD.shape[1])
         valid_BS = jnp.concatenate([jnp.ones(tokens_BSP.shape[:2], jnp.bool_), references.role_BR != ROLE_PAD, joint_mask_BL], axis=1)
         x_BSD = self._blocks(x_BVD, context_BLD, signal_BD, rope, valid_BS[:, None, None, :])
-        scale, shift = jnp.split(self.modulation_out(signal_BD), 2, axis=-1)
+        scale, shift = _parts(self.modulation_out, signal_BD, 2)
         x_BSD = _modulate(self.norm_out(x_BSD[:, :tokens_BSP.shape[1]]), shift, scale)
         return unpatchify(self.out(x_BSD.astype(jnp.float32)), grid, config.patch)
 
