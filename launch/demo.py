@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -47,11 +47,12 @@ class Size:
     edits: int
     clips: int
     show: int
-    environment: dict[str, str]
+    environment: Mapping[str, str]
 
 
+QUICK_COMPILE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for programs that run only a few times
 FULL = Size(None, {"preview_every": 0}, 12, 200, 40, 20, 4, {})
-SHORT = Size((2, 6, 2), {"every": 1, "checkpoint_every": 2, "preview_every": 0}, 2, 4, 2, 2, 2, {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+SHORT = Size((2, 6, 2), {"every": 1, "checkpoint_every": 2, "preview_every": 0}, 2, 4, 2, 2, 2, QUICK_COMPILE)
 
 
 @dataclass
@@ -78,18 +79,18 @@ class Demo:
                 "HF_HUB_OFFLINE": "1", **self.size.environment}
 
     def command(self, module: str, *flags: object, log: str, devices: int = 1,
-                watch: Callable[[subprocess.Popen], None] | None = None) -> int:
-        """Run a command of launch/ to its end; its lines go to OUTPUT/<log>.log. Returns the exit code."""
-        with (self.output / f"{log}.log").open("a") as file:
-            process = subprocess.Popen([sys.executable, "-m", module, *map(str, flags)], cwd=ROOT, env=self.environment(devices),
-                                       stdout=file, stderr=subprocess.STDOUT)
+                watch: Callable[[subprocess.Popen], None] | None = None, settings: Mapping[str, str] | None = None) -> int:
+        """Run a command of launch/ to its end; its lines go to OUTPUT/<log>.log, and without a `watch` here too. Returns the exit code."""
+        path, environment = self.output / f"{log}.log", {**self.environment(devices), **(settings or {})}
+        with path.open("a") as file:
+            watch = watch or Echo(path)
+            process = subprocess.Popen([sys.executable, "-m", module, *map(str, flags)], cwd=ROOT, env=environment, stdout=file,
+                                       stderr=subprocess.STDOUT)
             try:
                 while process.poll() is None:
-                    if watch:
-                        watch(process)
-                    time.sleep(0.2)
-                if watch:
                     watch(process)
+                    time.sleep(0.2)
+                watch(process)
             finally:
                 if process.poll() is None:
                     process.terminate()
@@ -102,6 +103,21 @@ class Demo:
             path = self.output / f"{log}.log"
             last = next((line for line in reversed(path.read_text().splitlines()) if line.strip()), "")
             raise UserError(f"launch.{log.split('_')[0]} ended with {code}; the end of {path}: {last}")
+
+
+class Echo:
+    """Prints the whole lines that a log gets."""
+
+    def __init__(self, path: Path):
+        self.path, self._at = path, path.stat().st_size
+
+    def __call__(self, process: subprocess.Popen) -> None:
+        with self.path.open() as file:
+            file.seek(self._at)
+            lines, end, _ = file.read().rpartition("\n")
+        self._at += len((lines + end).encode())
+        for line in lines.splitlines():
+            print(f"   {line}", flush=True)
 
 
 # --- training ---
@@ -182,17 +198,20 @@ def write_task_file(folder: Path) -> Path:
 
 def sample_task_file(demo: Demo) -> None:
     tasks = write_task_file(demo.output / "tasks")
-    code = demo.command("launch.sample", "--checkpoint", demo.output / "train", "--tasks", tasks, "--root", tasks.parent, "--output",
-                        demo.output / "samples", "--steps", demo.size.sampling_steps, "--negative_prompt", "", log="sample")
+    code = demo.command("launch.sample", "--checkpoint", demo.output / "train", "--tasks", tasks, "--root", tasks.parent,
+                        "--output", demo.output / "samples", "--steps", demo.size.sampling_steps, "--negative_prompt", "",
+                        log="sample", settings=QUICK_COMPILE)
     demo.done(code, "sample")
-    print(f"   {len(list((demo.output / 'samples').glob('*.*')))} pictures and clips in {demo.output / 'samples'}", flush=True)
 
 
 def evaluate(demo: Demo) -> None:
     size, output = demo.size, demo.output
-    code = demo.command("launch.evaluate", "--checkpoint", output / "train", "--against", f"base={output / 'train' / 'init'}", "--against",
-                        f"no_stage1={output / 'no_stage1'}", "--config", CONFIG, "--output", output / "scores", "--prompts", size.prompts,
-                        "--edits", size.edits, "--clips", size.clips, "--steps", size.sampling_steps, "--show", size.show, log="evaluate")
+    against = {"base": output / "train" / "init", "no_stage1": output / "no_stage1"}
+    counts = {"prompts": size.prompts, "edits": size.edits, "clips": size.clips, "steps": size.sampling_steps, "show": size.show,
+              "batch": min(20, size.clips)}
+    code = demo.command("launch.evaluate", "--checkpoint", output / "train", "--config", CONFIG, "--output", output / "scores",
+                        *(f"--against={name}={directory}" for name, directory in against.items()),
+                        *(f"--{name}={count}" for name, count in counts.items()), log="evaluate")
     demo.done(code, "evaluate")
 
 

@@ -36,8 +36,8 @@ def run(tmp_path):
         folder.mkdir()
         mesh = {"preset": "fsdp", "data": 2, "fsdp": 2, "seq": 1, "tensor": 1}
         (folder / "config.json").write_text(json.dumps({"mesh": mesh, "stages": {s: {"steps": 50} for s in stages}}))
-        records = [{"stage": s, "step": 10 * i, "total_step": 50 * n + 10 * i, "loss": 2.0 - 0.1 * i, "loss_t0.0": None, "loss_t0.1": 1.5 - 0.1 * i,
-                    "loss_t2v": 1.0, "seconds": 3.0} for n, s in enumerate(stages) for i in range(1, 6)]
+        records = [{"stage": s, "step": 10 * i, "total_step": 50 * n + 10 * i, "loss": 2.0 - 0.1 * i, "loss_t0.0": None,
+                    "loss_t0.1": 1.5 - 0.1 * i, "loss_t2v": 1.0, "seconds": 3.0} for n, s in enumerate(stages) for i in range(1, 6)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"cut of')
     evaluation, rng = tmp_path / "scores", np.random.default_rng(0)
     evaluation.mkdir()
@@ -45,7 +45,7 @@ def run(tmp_path):
     samples = {}
     for task, frames in (("t2i", 1), ("tv2v", 5)):
         pixels = rng.integers(0, 256, (frames, 32, 32, 3), np.uint8)
-        places = [evaluation / "ideal" / task, evaluation / "references" / task, *(evaluation / "outputs" / n / task for n in scores()["checkpoints"])]
+        places = [evaluation / kind / task for kind in ("ideal", "references", *(f"outputs/{n}" for n in scores()["checkpoints"]))]
         files = [str(write_output(place, "000", pixels, {}).relative_to(evaluation)) for place in places]
         samples[task] = [{"index": "000", "prompt": f"a <{task}> prompt", "references": files[1:2], "ideal": files[0]}]
     (evaluation / "samples.json").write_text(json.dumps(samples))
@@ -53,8 +53,8 @@ def run(tmp_path):
 
 
 def write(run, **changes):
-    given = {"title": "A & B", "lead": "what was run", "facts": {"date": "today"}, "evaluation": run / "scores", "timings": [("train", 12.0)],
-             "runs": {"trained": run / "train", "no_stage1": run / "no_stage1"}}
+    given = {"title": "A & B", "lead": "what was run", "facts": {"date": "today"}, "evaluation": run / "scores",
+             "timings": [("train", 12.0)], "runs": {"trained": run / "train", "no_stage1": run / "no_stage1"}}
     return write_report(run / "report.html", **{**given, **changes})
 
 
@@ -68,10 +68,10 @@ def test_one_file_without_network_with_everything_in_it(run):
 
 def test_readings_are_computed_from_the_numbers():
     text = "\n".join(reading(scores()))
-    assert "colour 50 %, 4.0 × chance; shape 17 %, 1.0 × chance" in text
+    assert "On 100 unseen text prompts for pictures" in text and "colour in 50 % of the 100 that ask for one (4.0 × chance)" in text
     assert "Clearly above chance (3 standard errors): t2i colour 50 % (4.0 × chance), tv2v instruction followed" in text
     assert "Not clearly above chance: t2i shape" in text
-    assert "Against the untrained base, the trained model is ahead in 2 of 3 rates, behind in 0, and even within 2 standard errors in 1" in text
+    assert "Against the untrained base, the trained model is ahead in 2 of 3 rates, behind in 0, and even within 2 standard errors" in text
     assert "stage 1 skipped, the full curriculum is ahead in 0 of 3" in text
     assert "tv2v 60 % / 10 %; beyond doubt better in: tv2v" in text
 

@@ -69,7 +69,7 @@ def line_chart(lines: Sequence[Line], *, x_name: str, y_name: str, size: tuple[i
     for x in ticks(low_x, high_x, 8):
         parts.append(f'<text x="{place(x, low_y)[0]:.1f}" y="{height - _BOTTOM + 15}" class="axis" text-anchor="middle">{x:g}</text>')
     for x, words in (marks or {}).items():
-        at = place(x, low_y)[0]
+        at = place(min(max(x, low_x), high_x), low_y)[0]
         parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP - 6}" y2="{height - _BOTTOM}" class="mark"/>'
                      f'<text x="{at + 4:.1f}" y="{_TOP - 9}" class="axis">{escape(words)}</text>')
     parts += [_curve(line, place) for line in lines]

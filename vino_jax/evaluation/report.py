@@ -139,9 +139,9 @@ def reading(scores: Mapping[str, Any], main: str = "trained") -> list[str]:
     out = []
     first = found[main]["tasks"].get("t2i")
     if first:
-        parts = [f"{WORDS[n]} {_share(a['mean'])}, {a['mean'] / a['chance']:.1f} × chance" for n, a in first["attributes"].items()
-                 if n in ("colour", "shape")]
-        out.append(f"Of {first['count']} unseen text prompts for pictures, the {label(main)} model gets right: {'; '.join(parts)}.")
+        parts = [f"{WORDS[n]} in {_share(a['mean'])} of the {a['count']} that ask for one ({a['mean'] / a['chance']:.1f} × chance)"
+                 for n, a in first["attributes"].items() if n in ("colour", "shape")]
+        out.append(f"On {first['count']} unseen text prompts for pictures, the {label(main)} model gets right: {'; '.join(parts)}.")
     out.append(f"Clearly above chance ({_CLEAR:.0f} standard errors): {told(clear)}." if clear else "Nothing is clearly above chance.")
     if rest:
         out.append(f"Not clearly above chance: {told(rest)}.")
@@ -162,8 +162,9 @@ def _comparison(found: Mapping[str, Any], main: str, other: str) -> list[str]:
         return []
     who = "the full curriculum" if other == "no_stage1" else f"the {label(main)} model"
     against = "the same number of steps with stage 1 skipped" if other == "no_stage1" else f"the {label(other)}"
+    lists = (f" Ahead: {', '.join(better)}." if better else "") + (f" Behind: {', '.join(worse)}." if worse else "")
     out = [f"Against {against}, {who} is ahead in {len(better)} of {total} rates, behind in {len(worse)}, and even within {_APART:.0f} "
-           f"standard errors in {even}." + (f" Ahead: {', '.join(better)}." if better else "") + (f" Behind: {', '.join(worse)}." if worse else "")]
+           f"standard errors in {even}.{lists}"]
     edits = [(task, a, b) for task, name, a, b in _pairs(found, main, other) if name == "followed"]
     if edits and other == "base":
         wins = [task for task, a, b in edits if ahead(a, b) > _APART]
