@@ -197,7 +197,7 @@ def item_size(item: Item) -> tuple[int, int, int, int]:
     return *target, clip_size(item.video)[0] if item.video else 0
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width of a picture, from its header. Raises UserError."""
     try:
@@ -207,7 +207,7 @@ def image_size(path: Path) -> tuple[int, int]:
         raise UserError(f"cannot read the image {path}: {error}") from None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def clip_size(path: Path) -> tuple[int, int, int]:
     """Frames, height and width of a clip; its frames are counted packet by packet, never as duration times rate. Raises UserError."""
     try:

@@ -8,8 +8,22 @@ from dataclasses import dataclass, replace
 from data_pipelines import shapes_text as text
 from data_pipelines.samples import Sample
 from data_pipelines.shapes_render import boxes, render
-from data_pipelines.shapes_scene import (BACKGROUNDS, COLOURS, MOTIONS, RELATIONS, SIZES, TEXTURES, Scene, Thing, crosswise, draw_thing,
-                                         is_held_out, pick, place, travel_length)
+from data_pipelines.shapes_scene import (
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    RELATIONS,
+    SIZES,
+    TEXTURES,
+    Scene,
+    Thing,
+    crosswise,
+    draw_thing,
+    is_held_out,
+    pick,
+    place,
+    travel_length,
+)
 
 PICTURE_TASKS = ("t2i", "ti2i", "ti2i_baseimg")
 

@@ -103,7 +103,8 @@ def train(config: RunConfig, workdir: pathlib.Path, *, quiet: bool = False) -> p
         if config.log.preview_every:
             with loader(0, preview=True) as held:
                 options = SamplingOptions(guidance=config.log.preview_guidance, negative_prompt="", seed=config.seed)
-                tasks = preview_tasks(held.schedule, held.source, prompter, config.log.preview_count, options)
+                shift = (config.data.shift_image, config.data.shift_video)
+                tasks = preview_tasks(held.schedule, held.source, prompter, config.log.preview_count, options, shift)
             preview = make_preview(vino, tasks, workdir / "previews", writer, steps=config.log.preview_sampling_steps, mesh=mesh, rules=rules)
         params, average = run_stage(plan, params, loader, checkpoints[stage.name], writer, config.log, total_before=total, preview=preview,
                                     quiet=quiet, say=say)

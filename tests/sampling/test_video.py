@@ -45,6 +45,6 @@ def test_latents_are_written_channels_first(tmp_path):
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     video.write_output(tmp_path, "clip", _clip(), METADATA)
     before = (tmp_path / "clip.mp4").read_bytes()
-    with pytest.raises(Exception):
+    with pytest.raises(ValueError):
         video.write_mp4(tmp_path / "clip.mp4", _clip().astype(np.float32), METADATA)
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"] and (tmp_path / "clip.mp4").read_bytes() == before

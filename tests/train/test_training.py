@@ -1,5 +1,6 @@
 """Training: the same on every mesh, resumed as never killed, stopped by a NaN, true to its stage table."""
 import json
+import math
 
 import jax
 import numpy as np
@@ -27,7 +28,8 @@ MESHES = {
 def run(folder, *, mesh=None, name="fsdp", steps=4, stage=None, loader=tiny.Batches, preview=None, save_every=2):
     """(all parameters, averages, losses by step) of a stage run or gone on with in `folder`."""
     model = tiny.vino()
-    mesh = make_mesh(mesh or {"fsdp": 2}, jax.devices()[:int(np.prod(list((mesh or {"fsdp": 2}).values())))])
+    sizes = mesh or {"fsdp": 2}
+    mesh = make_mesh(sizes, jax.devices()[:math.prod(sizes.values())])
     plan = tiny.plan(model, stage or tiny.stage(steps), mesh, preset(name))
     checkpoints = RunCheckpoints(folder / "checkpoints", keep=2, every=save_every)
     resume = checkpoints.latest() or 0

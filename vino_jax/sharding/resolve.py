@@ -68,5 +68,5 @@ def describe(abstract: Any, sharding_tree: Any) -> dict[str, float]:
         size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
         shard = math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         total, device = total + size, device + shard
-        replicated += size if shard == size else 0
+        replicated += size if shard == size and sharding.num_devices > 1 else 0
     return {"bytes": total, "bytes_a_device": device, "replicated_share": replicated / max(total, 1)}

@@ -15,7 +15,6 @@ from vino_jax.nn.module import Params
 from vino_jax.settings import VinoConfig, build
 from vino_jax.sharding.resolve import shardings
 from vino_jax.train.stage import StageConfig, rates
-from vino_jax.train.state import with_shardings
 
 
 def resolve_model(directory: str | Path, given: Mapping[str, Any]) -> VinoConfig:
@@ -50,11 +49,10 @@ def initial_params(vino: Vino, directory: str | Path, stages: list[StageConfig],
     fresh = [name for name in vino.parts if name not in info.parts]
     placed = shardings(vino.abstract, vino.axes, mesh, rules)
 
-    def dtype(name):
-        return jnp.dtype(jnp.float32) if name in trained else vino.runtime.compute_dtype
-
-    wanted = {name: with_shardings(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype(name)), vino.abstract[name]), placed[name])
-              for name in held}
+    wanted = {}
+    for name in held:
+        dtype = jnp.dtype(jnp.float32) if name in trained else vino.runtime.compute_dtype
+        wanted[name] = jax.tree.map(lambda x, s, d=dtype: jax.ShapeDtypeStruct(x.shape, d, sharding=s), vino.abstract[name], placed[name])
     params = model_checkpoint.restore(directory, wanted)
     if fresh:
         init = jax.jit(lambda key: vino.init(key, tuple(fresh)), out_shardings={name: placed[name] for name in fresh})
