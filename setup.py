@@ -8,7 +8,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vino_jax*", "configs*", "launch*", "data_pipelines*"]),
-    include_package_data=True,
+    package_data={"data_pipelines": ["shapes_parts/**/*"]},
     install_requires=[
         "jax>=0.10.2,<0.11",  # flax up to 0.12.8 breaks with jax 0.11
         "flax>=0.12.8,<0.13",  # NNX modules

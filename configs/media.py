@@ -12,10 +12,11 @@ def get_config():
     config = shapes.get_config()
     config.data.source = "media"
     config.buckets = {
-        "picture": bucket(4, 1, 96, 96, 256),
-        "clip": bucket(2, 9, 64, 96, 256),
-        "edit": bucket(4, 1, 96, 96, 320, patches=256, images=2),
-        "clip_edit": bucket(2, 9, 64, 96, 512, patches=512, images=2, video_frames=9),
+        # the small tokenizer knows the words of `shapes`; other captions cost it almost a token a letter
+        "picture": bucket(4, 1, 96, 96, 512),
+        "clip": bucket(2, 9, 64, 96, 512),
+        "edit": bucket(4, 1, 96, 96, 512, patches=256, images=2),
+        "clip_edit": bucket(2, 9, 64, 96, 512, patches=512, images=3, video_frames=9),
     }
     config.stages = {name: common.stage(**entry) for name, entry in common.curriculum(
         (20, 20, 20), (1e-3, 1e-4, 1e-4), ("picture", "clip"), ("picture", "clip", "edit", "clip_edit"), ema=0.98).items()}

@@ -3,8 +3,11 @@
     python -m launch.make_vae [--output DIR] [--steps N] [--seed S]
 
 The same architecture as HunyuanVideo's VAE with SIZES below. Loss: L1 + KL_WEIGHT * KL (mean over latent elements). Muon for kernels, Adam
-for the rest (on few steps clearly ahead of Adam alone), cosine rate, running average of the weights. Pictures and clips of 9 frames in turn. The part is written every WRITE_EVERY steps, so a
-usable one exists early. Deterministic from the seed on one machine.
+for the rest (on few steps ahead of Adam alone), cosine rate. Two steps of pictures, one of a clip of 9 frames. The part is written every
+WRITE_EVERY steps, so a usable one exists early. All randomness comes from the seed.
+
+The shipped part: seed 0, 1500 steps, 842 s on one shared CPU core; PSNR on held-out scenes 28.1 dB for pictures, 25.6 and 25.8 dB for
+clips of 9 and 17 frames.
 """
 import argparse
 import json
@@ -34,9 +37,8 @@ SIDE, CROP = 64, 48  # pixels of a picture, and of the random crops of it that a
 PATH, CONSTANTS = 8, slice(6, 8)  # channels of start_params
 KL_WEIGHT = 1e-4
 PEAK_RATE = 4e-3
-EMA = 0.99  # of the weights that are measured and written
 WRITE_EVERY = 150
-BATCHES = ((10, "t2i", 1), (2, "t2v", 9))  # (clips, task, frames) of the steps, in turn
+BATCHES = ((10, "t2i", 1), (10, "t2i", 1), (1, "t2v", 9))  # (clips, task, frames) of the steps, in turn
 
 VAE_PART = Definition(lambda rngs: VAE(SIZES, Runtime(), rngs=rngs))
 
@@ -114,13 +116,12 @@ def _matrices(params: Params) -> Params:
 OPTIMIZER = optax.contrib.muon(1.0, beta=0.9, adam_b2=0.99, adam_learning_rate=0.1, muon_weight_dimension_numbers=_matrices)
 
 
-@partial(jax.jit, donate_argnums=(0, 1, 2))
-def train_step(params: Params, average: Params, state: optax.OptState, pixels_BFHWC: jax.Array, key: jax.Array, rate: jax.Array):
-    """One update at the rate: (params, their running average, optimizer state, L1)."""
+@partial(jax.jit, donate_argnums=(0, 1))
+def train_step(params: Params, state: optax.OptState, pixels_BFHWC: jax.Array, key: jax.Array, rate: jax.Array):
+    """One update at the rate: (params, optimizer state, L1)."""
     gradient, l1 = jax.grad(loss, has_aux=True)(params, pixels_BFHWC, key)
     updates, state = OPTIMIZER.update(gradient, state, params)
-    params = jax.tree.map(lambda p, u: p + rate * u, params, updates)
-    return params, jax.tree.map(lambda a, p: EMA * a + (1 - EMA) * p, average, params), state, l1
+    return jax.tree.map(lambda p, u: p + rate * u, params, updates), state, l1
 
 
 @jax.jit
@@ -183,12 +184,12 @@ def normalised(params: Params, mean_C: np.ndarray, std_C: np.ndarray) -> Params:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=PART)
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     key = jax.random.key(args.seed)
     params = start_params(key)
-    average, state = jax.tree.map(jnp.array, params), OPTIMIZER.init(params)
+    state = OPTIMIZER.init(params)
     rate = optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, min(50, args.steps // 4), args.steps, PEAK_RATE / 100)
     start, seen, rng = time.perf_counter(), 0, np.random.default_rng(args.seed)
     for step in range(args.steps):
@@ -197,15 +198,15 @@ def main() -> None:
         seen += count
         row, column = rng.integers(0, SIDE - CROP + 1, 2)
         batch = batch[:, :, row:row + CROP, column:column + CROP]
-        params, average, state, l1 = train_step(params, average, state, batch, jax.random.fold_in(key, step), rate(step))
-        if step % 50 < len(BATCHES):
+        params, state, l1 = train_step(params, state, batch, jax.random.fold_in(key, step), rate(step))
+        if step % 30 < len(BATCHES):
             print(f"step {step} {task} l1 {float(l1):.4f} {time.perf_counter() - start:.0f} s", flush=True)
         if (step + 1) % WRITE_EVERY == 0 and step + 1 < args.steps:
-            psnr, mean, std = measure(average, shapes.held_out(args.seed), {("t2i", 1): 16, ("t2v", 9): 4})
-            write(args.output, normalised(average, mean, std))
+            psnr, mean, std = measure(params, shapes.held_out(args.seed), {("t2i", 1): 16, ("t2v", 9): 4})
+            write(args.output, normalised(params, mean, std))
             print(f"step {step + 1} PSNR {psnr}", flush=True)
-    _, mean, std = measure(average, args.seed, {("t2i", 1): 64, ("t2v", 9): 16})
-    stored = normalised(average, mean, std)
+    _, mean, std = measure(params, args.seed, {("t2i", 1): 64, ("t2v", 9): 8})
+    stored = normalised(params, mean, std)
     write(args.output, stored)
     psnr, mean, std = measure(stored, shapes.held_out(args.seed), {("t2i", 1): 64, ("t2v", 9): 32, ("t2v", 17): 16})
     print(json.dumps({"psnr": psnr, "latent_std": [round(float(np.min(std)), 2), round(float(np.max(std)), 2)],

@@ -2,6 +2,7 @@
 import functools
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -52,7 +53,8 @@ def torch_model() -> Qwen3VLForConditionalGeneration:
 @functools.cache
 def params():
     """The reference's weights as our tree."""
-    return to_params(TABLE, {name: value.numpy() for name, value in torch_model().state_dict().items()}, DEFINITION.abstract)
+    with jax.ensure_compile_time_eval():  # kept between calls, so it must not be a tracer of the first one's
+        return to_params(TABLE, {name: value.numpy() for name, value in torch_model().state_dict().items()}, DEFINITION.abstract)
 
 
 def merge_order(height: int, width: int) -> np.ndarray:
