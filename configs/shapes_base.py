@@ -14,8 +14,8 @@ def get_config():
     config.init.require = ("vae", "vlm")
     rules = (*common.RULES["stage2"],)
     config.stages = {
-        "base": common.stage(steps=1500, learning_rate=2e-3, decay_steps=700, rules=rules, tasks=dict(common.PLAIN_TASKS, t2i=0.7, t2v=0.3),
-                             texts={"long": 0.5, "short": 0.5}, buckets=("picture", "clip"), ema=0.0)}
+        "base": common.stage(steps=3200, learning_rate=2e-3, decay_steps=1200, rules=rules, tasks=dict(common.PLAIN_TASKS, t2i=0.7, t2v=0.3),
+                             texts={"long": 0.5, "short": 0.5}, buckets=("picture", "clip"), ema=0.0, image_dropout=0.0)}
     config.log.checkpoint_every = 100
     config.log.preview_every = 400
     return config

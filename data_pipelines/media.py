@@ -15,7 +15,7 @@ still matches; other reference images are letterboxed on white. Of a clip the fi
 """
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,14 +52,16 @@ class MediaSource:
     """Samples from a manifest; finite.
 
     Args: manifest: JSONL file; root: what its paths start from; buckets: those that items may go to; prompter: see Prompter; given,
-    an item whose texts are too long for a bucket is not put there, instead of ending the run when its turn comes.
+    an item whose texts are too long for a bucket is not put there, instead of ending the run when its turn comes. tasks: items of
+    other tasks are no concern of this stage.
     Raises UserError naming file:line for a line that is wrong or names a file that cannot be read.
     """
 
-    def __init__(self, manifest: str | Path, root: str | Path, buckets: Sequence[BucketSpec], prompter: Prompter | None = None):
+    def __init__(self, manifest: str | Path, root: str | Path, buckets: Sequence[BucketSpec], prompter: Prompter | None = None,
+                 tasks: Collection[str] = TASKS):
         self._groups: dict[tuple[str, str], list[Item]] = {}
         self._unplaced: list[str] = []
-        items = read_manifest(manifest, root)
+        items = [(where, item) for where, item in read_manifest(manifest, root) if item.task in tasks]
         self._tasks = tuple(t for t in TASKS if any(item.task == t for _, item in items))
         for where, item in items:
             try:

@@ -38,8 +38,8 @@ from vino_jax.train.stage import StageConfig
 
 # name -> source(config, buckets, seed stream); training and previews draw from different streams
 SOURCES = {
-    "shapes": lambda config, buckets, prompter, preview: ShapesSource(held_out(config.seed) if preview else config.seed),
-    "media": lambda config, buckets, prompter, preview: MediaSource(config.data.manifest, config.data.root, buckets, prompter),
+    "shapes": lambda config, buckets, tasks, prompter, preview: ShapesSource(held_out(config.seed) if preview else config.seed),
+    "media": lambda config, buckets, tasks, prompter, preview: MediaSource(config.data.manifest, config.data.root, buckets, prompter, tasks),
 }
 
 
@@ -59,7 +59,7 @@ def initial_checkpoint(config: RunConfig, workdir: pathlib.Path) -> pathlib.Path
 
 
 def stage_inputs(config: RunConfig, stage: StageConfig, prompter: Prompter, quiet: bool):
-    """loader(start step), and the schedule and source of the stage's previews."""
+    """loader(start step, preview=False): the stage's batches; with preview from samples that training does not draw."""
     if config.data.source not in SOURCES:
         raise UserError(f"unknown data source {config.data.source!r}{nearest(config.data.source, SOURCES)}")
     buckets = tuple(config.buckets[name] for name in stage.buckets)
@@ -67,9 +67,9 @@ def stage_inputs(config: RunConfig, stage: StageConfig, prompter: Prompter, quie
     seed = config.seed + sum(map(ord, stage.name))  # stages draw different samples
 
     def loader(start: int, preview: bool = False) -> Loader:
-        return Loader(SOURCES[config.data.source](config, buckets, prompter, preview), mixture, buckets, prompter, seed, start, stage.steps,
-                      jax.process_index(), jax.process_count(), config.data.threads, config.data.prefetch,
-                      shift=(config.data.shift_image, config.data.shift_video))
+        source = SOURCES[config.data.source](config, buckets, stage.tasks, prompter, preview)
+        return Loader(source, mixture, buckets, prompter, seed, start, stage.steps, jax.process_index(), jax.process_count(),
+                      config.data.threads, config.data.prefetch, shift=(config.data.shift_image, config.data.shift_video))
 
     if not quiet:
         with loader(0) as first:
@@ -79,9 +79,9 @@ def stage_inputs(config: RunConfig, stage: StageConfig, prompter: Prompter, quie
 
 def train(config: RunConfig, workdir: pathlib.Path, *, quiet: bool = False) -> pathlib.Path:
     """Run all stages and return the directory of the model checkpoint at their end."""
-    workdir.mkdir(parents=True, exist_ok=True)
     say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
     mesh, rules = make_mesh(config.mesh.sizes), preset(config.mesh.preset)
+    workdir.mkdir(parents=True, exist_ok=True)
     directory = initial_checkpoint(config, workdir)
     vino = Vino(resolve_model(directory, config.model), config.runtime)
     stages = list(config.stages.values())

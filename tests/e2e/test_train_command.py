@@ -18,14 +18,15 @@ CONFIG = '''
 from configs import common, models
 from configs.data import bucket
 
+plain = dict(learning_rate=1e-3, tasks={{"t2i": 1.0}}, texts={{"long": 1.0}}, buckets=("picture",))
+
 def get_config():
     return common.config(
         model={{"queries": 4, "connector_ratio": 2}}, init={{"checkpoint": {init!r}}}, runtime={{"dtype": "float32", "remat": "nothing"}},
         mesh={{"fsdp": 2}}, buckets={{"picture": bucket(4, 1, 32, 32, 72)}},
         stages={{
-            "stage1": dict(steps=3, learning_rate=1e-3, rules=common.RULES["stage1"], tasks={{"t2i": 1.0}}, texts={{"long": 1.0}}, buckets=("picture",)),
-            "stage2": dict(steps=8, learning_rate=1e-3, rules=common.RULES["stage2"], tasks={{"t2i": 1.0}}, texts={{"long": 1.0}}, buckets=("picture",),
-                           ema=0.9)}},
+            "stage1": dict(plain, steps=3, rules=common.RULES["stage1"]),
+            "stage2": dict(plain, steps=8, rules=common.RULES["stage2"], ema=0.9)}},
         log={{"every": 1, "checkpoint_every": 2}})
 '''
 

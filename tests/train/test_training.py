@@ -35,7 +35,8 @@ def run(folder, *, mesh=None, name="fsdp", steps=4, stage=None, loader=tiny.Batc
     resume = checkpoints.latest() or 0
     writer = MetricWriter(folder, resume_at={plan.stage.name: resume})
     try:
-        out, average = run_stage(plan, tiny.params(model), loader, checkpoints, writer, LogConfig(every=1, checkpoint_every=save_every), quiet=True, preview=preview, say=lambda text: None)
+        log = LogConfig(every=1, checkpoint_every=save_every)
+        out, average = run_stage(plan, tiny.params(model), loader, checkpoints, writer, log, quiet=True, preview=preview, say=lambda text: None)
     finally:
         checkpoints.close()
         writer.close()
