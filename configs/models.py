@@ -16,7 +16,7 @@ def shapes() -> dict:
             "in_channels": 16, "out_channels": 16, "heads": 4, "head_dim": 32, "double_blocks": 2, "single_blocks": 4, "refiner_blocks": 1,
             "text_width": 128, "pooled_width": 32, "rope_axes": (8, 12, 12),
         },
-        "vae": {"latent_channels": 16, "block_widths": (16, 24, 32, 40), "layers_per_block": 1, "norm_groups": 8},
+        "vae": {"latent_channels": 16, "block_widths": (16, 24, 32, 40), "layers_per_block": 1, "norm_groups": 2, "scaling_factor": 1.0},
         "vlm": {
             "text": {"vocab": 832, "width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "mlp": 256, "mrope_section": (6, 5, 5)},
             "vision": {"layers": 3, "width": 64, "heads": 2, "mlp": 128, "out_width": 128, "positions": 64, "deepstack": (0, 1, 2)},

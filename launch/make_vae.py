@@ -54,7 +54,8 @@ def start_params(key: jax.Array) -> Params:
     picture in the right colours and not from noise: the network is deep and normalised, and finds colours slowly by itself.
 
     The path is the first 8 channels: red, green, blue, their negatives, and the constants +4 and -4. So group means are 0 and group norms
-    hardly depend on the picture, and silu(u) - silu(-u) = u is linear. Other channels stay random, residual branches start small and leave the path alone.
+    hardly depend on the picture, and silu(u) - silu(-u) = u is linear. Other channels stay random, residual branches start
+    small and leave the path alone.
     """
     params = jax.tree.map(np.array, jax.jit(VAE_PART.init)(key))
     colours = np.concatenate([np.eye(3), -np.eye(3), np.zeros((3, 2))], axis=1, dtype=np.float32)  # 3 -> the path
