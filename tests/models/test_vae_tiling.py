@@ -44,7 +44,8 @@ def reference_encode(reference, pixels):
 
 def test_encode_matches_diffusers_tiling(vae):
     pixels = draw(0, 1, 13, 16, 48, 3)  # windows of 9 and 5 frames, 32 and 16 columns
-    np.testing.assert_allclose(jitted(encode_tiled, TILING)(vae[1], jnp.asarray(pixels)), reference_encode(vae[0], pixels), rtol=0, atol=PARITY_ABS)
+    moments = jitted(encode_tiled, TILING)(vae[1], jnp.asarray(pixels))
+    np.testing.assert_allclose(moments, reference_encode(vae[0], pixels), rtol=0, atol=PARITY_ABS)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 2, 6, 4), (2, 1, 5, 6, 4)])  # frames and columns; rows and columns
@@ -67,7 +68,8 @@ def test_a_smooth_picture_has_no_seams():
     small = Definition(lambda rngs: VAE(config, Runtime(), rngs=rngs))
     params = to_params(table(config), load_file(PART / "diffusion_pytorch_model.safetensors"), small.abstract)
     row, column = np.meshgrid(np.arange(32) / 32, np.arange(96) / 96, indexing="ij")
-    picture = np.stack([0.27 + 0.06 * np.cos(3 * column), 0.5 * row, 0.4 * np.sin(2 * row + 0.3 * column)], -1).astype(np.float32)[None, None]
+    picture = np.stack([0.27 + 0.06 * np.cos(3 * column), 0.5 * row, 0.4 * np.sin(2 * row + 0.3 * column)], -1)
+    picture = picture.astype(np.float32)[None, None]
 
     def change(tiling):
         def compare(params, pixels):

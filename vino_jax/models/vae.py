@@ -63,7 +63,7 @@ class CausalConv3d(nnx.Module):
     def __call__(self, x_BFHWC: jax.Array) -> jax.Array:
         dtype, space = x_BFHWC.dtype, ((1, 1), (1, 1), (0, 0))
         if x_BFHWC.shape[1] == 1:
-            # One frame and its repetitions in front: all time taps see the same picture, so their sum is one 2D kernel (a third of the work).
+            # One frame and its repetitions in front: all time taps see the same picture, so their sum is one 2D kernel.
             x_BHWC = jnp.pad(x_BFHWC[:, 0], ((0, 0), *space), mode="edge")
             kernel = jnp.sum(self.kernel[...].astype(jnp.float32), axis=0).astype(dtype)
             y = _conv2d(x_BHWC, kernel, self.stride[1:])[:, None]

@@ -1,7 +1,8 @@
 """Tiled encoding and decoding, so that memory does not grow with the size of a clip; the numbers are those of diffusers' tiling.
 
 A long clip goes through in windows of frames, a large picture in tiles; each overlaps its neighbour before it and is blended linearly
-into it. Tiles of one shape run through one compiled body, one after another (lax.map), so neither memory nor compile time grows with their number.
+into it. Tiles of one shape run through one compiled body, one after another (lax.map), so neither memory nor compile time grows with
+their number.
 
 Dims: B batch, F frames, H height, W width, C channels.
 """
@@ -33,7 +34,7 @@ class Tiling:
     def __post_init__(self):
         for name, size, stride, unit in (("frames", self.frames, self.frame_stride, 4), ("side", self.side, self.stride, 8)):
             if size is not None and not (0 < stride <= size and size % unit == 0 and stride % unit == 0):
-                raise UserError(f"tiling: {name} {size} with stride {stride} must be multiples of {unit}, the stride no larger than the size")
+                raise UserError(f"tiling: {name} {size} with stride {stride} must be multiples of {unit}, the stride at most the size")
 
 
 def encode_tiled(vae: VAE, pixels_BFHWC: jax.Array, tiling: Tiling) -> jax.Array:
@@ -43,7 +44,7 @@ def encode_tiled(vae: VAE, pixels_BFHWC: jax.Array, tiling: Tiling) -> jax.Array
 
 
 def decode_tiled(vae: VAE, latents_BFHWC: jax.Array, tiling: Tiling) -> jax.Array:
-    """Pixels as VAE.decode gives them, (B, 1 + 4(F-1), 8H, 8W, 3) float32, of unscaled latents; the same as it where nothing needs tiling."""
+    """Pixels as VAE.decode gives them of unscaled latents, (B, 1 + 4(F-1), 8H, 8W, 3) float32; the same where nothing needs tiling."""
     space, time = vae.config.spatial_compression, vae.config.temporal_compression
     return _run_windows(vae.decode, latents_BFHWC, _Plan.of(tiling, (time, space), (1, 1)))
 

@@ -34,7 +34,8 @@ def _mid(path: str) -> list[Rule]:
     return rules
 
 
-def _half(half: str, blocks: str, sampler: str, widths: tuple[int, ...], layers: int, factors: tuple[tuple[int, int, int], ...]) -> list[Rule]:
+def _half(half: str, blocks: str, sampler: str, widths: tuple[int, ...], layers: int,
+          factors: tuple[tuple[int, int, int], ...]) -> list[Rule]:
     rules = [*_conv(f"{half}/conv_in"), *_mid(f"{half}/mid_block"), *_norm(f"{half}/conv_norm_out"), *_conv(f"{half}/conv_out")]
     for i, factor in enumerate(factors):
         for layer in range(layers):
