@@ -2,12 +2,12 @@
 
     python -m launch.make_vae [--output DIR] [--steps N] [--seed S]
 
-The same architecture as HunyuanVideo's VAE with SIZES below. Loss: L1 + KL_WEIGHT * KL (mean over latent elements). Muon for kernels, Adam
-for the rest, cosine rate. Two steps of pictures, one of a clip of 9 frames. The part is written every
-WRITE_EVERY steps, so a usable one exists early. All randomness comes from the seed.
+The same architecture as HunyuanVideo's VAE with SIZES below. Loss: L1 + KL_WEIGHT * KL (mean over latent elements). Muon for kernels,
+Adam for the rest, cosine rate. Two steps of pictures, one of a clip of 9 frames. The part is written every WRITE_EVERY steps, so a usable
+one exists early. All randomness comes from the seed.
 
-The shipped part: seed 0, 1500 steps of this recipe, 842 s on one shared CPU core, its latents normalised afterwards; PSNR on held-out scenes 28.1 dB for pictures, 25.6 and 25.8 dB for
-clips of 9 and 17 frames.
+The shipped part: seed 0, 1500 steps of this recipe, 842 s on one shared CPU core, its latents normalised afterwards; PSNR on held-out
+scenes 28.1 dB for pictures, 25.6 and 25.8 dB for clips of 9 and 17 frames.
 """
 import argparse
 import json
