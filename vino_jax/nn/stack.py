@@ -48,9 +48,3 @@ def run_stack(layers: nnx.Module, call: Callable, carry: Any, xs: Any = None, *,
     if policy is not None:
         body = jax.checkpoint(body, policy=policy)
     return jax.lax.scan(body, carry, (jnp.arange(len(jax.tree.leaves(xs)[0])) if frozen else params, xs))
-
-
-def layer_slice(layers: nnx.Module, start: int, stop: int) -> nnx.Module:
-    """The blocks start..stop-1 of a stacked module, for running part of a depth."""
-    graphdef, params = nnx.split(layers)
-    return nnx.merge(graphdef, jax.tree.map(lambda p: p[start:stop], params))
