@@ -4,7 +4,7 @@ It stands for HunyuanVideo. `python -m launch.train --config configs/shapes_base
 `python -m launch.convert export --checkpoint DIR/model --output DIR/export --format diffusers`: the folder's transformer/ is
 data_pipelines/shapes_parts/hunyuan/transformer/.
 
-The shipped part was made in three sittings of this config with other `steps` (528 on an earlier VAE part, 972 and about 700 on the
+The shipped part was made in three sittings of this config with other `steps` (528 on an earlier VAE part, 972 and 1000 on the
 shipped one), not in one run; it is undertrained.
 """
 from configs import common, models, shapes
