@@ -9,14 +9,14 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from launch import cli
-from vino_jax.checkpoint import model as checkpoint
+from vino_jax.checkpoint import model as model_checkpoint
 from vino_jax.checkpoint.atomic import atomic_folder, check_empty
 from vino_jax.convert import configs, engine, parts
 from vino_jax.convert.io import SafetensorsWriter, write_pickle
@@ -27,9 +27,10 @@ from vino_jax.settings import VinoConfig
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    args = vars(_parser().parse_args())
+    command = args.pop("command")
     jax.config.update("jax_platforms", "cpu")  # conversion leaves accelerators to others
-    args.command(args)
+    command(**args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     take.add_argument("--vlm", type=Path, help="Qwen3-VL's folder of transformers, with its processor")
     take.add_argument("--dtype", choices=("float32", "bfloat16"), help="of all arrays; by default each keeps its own")
     take.add_argument("--queries", type=int, default=VinoConfig.queries, help="number of learnable queries where vino.ckpt has none")
-    take.set_defaults(command=import_parts)
+    take.set_defaults(command=_import)
     give = commands.add_parser("export", help="model checkpoint -> PyTorch files")
     give.add_argument("--checkpoint", type=Path, required=True)
     give.add_argument("--output", type=Path, required=True, help="folder to write; must not hold anything yet")
@@ -59,13 +60,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def import_parts(args: argparse.Namespace) -> None:
-    """import: everything that can be wrong with names and shapes is told before the output is touched."""
-    check_empty(args.output)
-    found = parts.find(parts.Given(args.vino, args.mmdit, args.vae, args.vlm), args.queries)
+def _import(output: Path, queries: int, dtype: str | None, **given: Path | None) -> None:
+    import_parts(output, parts.Given(**given), queries=queries, dtype=dtype)
+
+
+def import_parts(output: Path, given: parts.Given, *, queries: int, dtype: str | None = None) -> None:
+    """Write the model checkpoint `output` from PyTorch files: everything that can be wrong with names and shapes is told before it
+    is touched. queries: how many learnable ones where no file has them. dtype: of all arrays; None keeps each one's own.
+    """
+    check_empty(output)
+    found = parts.find(given, queries)
     for note in found.notes:
         _say(note)
-    plans = _plans(found.config, found, dict.fromkeys(found.sources, args.dtype))
+    plans = _plans(found.config, found, dict.fromkeys(found.sources, dtype))
     engine.check(plans)
     sums: dict[tuple[Path, ...], str] = {}
     for source in found.sources.values():
@@ -75,41 +82,44 @@ def import_parts(args: argparse.Namespace) -> None:
     info = {part: {"source": source.label, "sha256": sums[source.files]} for part, source in found.sources.items()}
     left_out: dict[str, dict[str, np.ndarray]] = {part: {} for part in plans}
     trees = {part: _told(part, plan, engine.import_leaves(plan, found.sources[part], left_out[part])) for part, plan in plans.items()}
-    checkpoint.save(args.output, trees, found.config, info, found.processor_files, left_out)
-    for part, entry in checkpoint.read_info(args.output).parts.items():
+    model_checkpoint.save(output, trees, found.config, info, found.processor_files, left_out)
+    for part, entry in model_checkpoint.read_info(output).parts.items():
         _say(f"{part}: {entry.parameters:,} parameters, {entry.dtype}, from {entry.source}")
 
 
-def export_parts(args: argparse.Namespace) -> None:
-    """export: the exact inverse of import, left-out tensors included."""
-    info = checkpoint.read_info(args.checkpoint)
-    if args.ckpt and args.format != "vino":
+def export_parts(checkpoint: Path, output: Path, format: str, *, ckpt: bool = False) -> None:
+    """The exact inverse of import, left-out tensors included: a folder `output` in the "vino" or "diffusers" format.
+
+    ckpt: with "vino", one vino.ckpt by torch.save instead of safetensors.
+    """
+    info = model_checkpoint.read_info(checkpoint)
+    if ckpt and format != "vino":
         raise UserError("--ckpt goes with --format vino")
-    groups = parts.export_groups(info.parts, args.format)
+    groups = parts.export_groups(info.parts, format)
     if not any(groups.values()):
-        raise UserError(f"{args.checkpoint} has no part that --format {args.format} holds; it has {', '.join(info.parts)}")
-    if args.format == "vino" and "vae" in info.parts:
+        raise UserError(f"{checkpoint} has no part that --format {format} holds; it has {', '.join(info.parts)}")
+    if format == "vino" and "vae" in info.parts:
         _say("vae: not part of vino.ckpt, left out (--format diffusers has it)")
-    with atomic_folder(args.output) as output:
-        for folder, members in groups.items():
-            _export_folder(args.checkpoint, info, output / folder, members, folder, args.ckpt)
+    with atomic_folder(output) as folder:
+        for name, members in groups.items():
+            _export_folder(checkpoint, info, folder / name, members, name, ckpt)
 
 
-def _export_folder(directory: Path, info: checkpoint.ModelInfo, output: Path, members: list[str], kind: str, pickled: bool) -> None:
+def _export_folder(directory: Path, info: model_checkpoint.ModelInfo, output: Path, members: list[str], kind: str, pickled: bool) -> None:
     manifests, left_out, plans = {}, {}, {}
     table = parts.tables(info.config)
     for part in members:
         kernel = configs.kernels(info.config).get(part, ())
         leaves = info.parts[part].leaves
         manifests[part] = engine.export_manifest(table[part], leaves, kernel)
-        plans[part] = engine.make_plan(table[part], checkpoint.nested(leaves), manifests[part])
-        left_out[part] = checkpoint.read_left_out(directory, part)
+        plans[part] = engine.make_plan(table[part], model_checkpoint.nested(leaves), manifests[part])
+        left_out[part] = model_checkpoint.read_left_out(directory, part)
     engine.check(plans)
     named = parts.vino_name if kind in ("", "vino") else lambda part, name: name
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for part in members:
-            leaves = _told(part, plans[part], checkpoint.iter_arrays(directory, part, info))
+            leaves = _told(part, plans[part], model_checkpoint.iter_arrays(directory, part, info))
             for name, array in engine.export_tensors(plans[part], leaves):
                 yield named(part, name), array
             for name, array in left_out[part].items():
@@ -128,7 +138,7 @@ def _export_folder(directory: Path, info: checkpoint.ModelInfo, output: Path, me
     _write_config(directory, info, output, kind)
 
 
-def _write_config(directory: Path, info: checkpoint.ModelInfo, output: Path, kind: str) -> None:
+def _write_config(directory: Path, info: model_checkpoint.ModelInfo, output: Path, kind: str) -> None:
     writers = {"transformer": lambda: configs.write_mmdit(info.config.mmdit), "vae": lambda: configs.write_vae(info.config.vae),
                "vlm": lambda: configs.write_vlm(info.config.vlm, directory / "processor")}
     if kind in writers:
@@ -137,26 +147,26 @@ def _write_config(directory: Path, info: checkpoint.ModelInfo, output: Path, kin
         shutil.copytree(directory / "processor", output, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
 
-def verify_parts(args: argparse.Namespace) -> None:
-    """verify: every tensor of the files, in the dtype of the checkpoint, against what the checkpoint holds."""
-    info = checkpoint.read_info(args.checkpoint)
-    found = parts.find(parts.classify(args.against), info.config.queries)
+def verify_parts(checkpoint: Path, against: Sequence[Path]) -> None:
+    """Every tensor of the files, in the dtype of the checkpoint, against what the checkpoint holds; UserError names what differs."""
+    info = model_checkpoint.read_info(checkpoint)
+    found = parts.find(parts.classify(against), info.config.queries)
     for note in found.notes:
         _say(note)
     absent = [part for part in found.sources if part not in info.parts]
     if absent:
-        raise UserError(f"{args.checkpoint} has no {', '.join(absent)}; it has {', '.join(info.parts)}")
+        raise UserError(f"{checkpoint} has no {', '.join(absent)}; it has {', '.join(info.parts)}")
     plans = _plans(info.config, found, {part: info.parts[part].dtype for part in found.sources if info.parts[part].dtype != "mixed"})
     engine.check(plans)
     different, count = [], 0
     for part, plan in plans.items():
         source, entries = found.sources[part], {entry.path: entry for entry in plan.entries}
-        for path, array in _told(part, plan, checkpoint.iter_arrays(args.checkpoint, part, info)):
+        for path, array in _told(part, plan, model_checkpoint.iter_arrays(checkpoint, part, info)):
             for name, ours in engine.export_leaf(entries[path], array):
                 count += 1
                 if not _same(ours, source.read(name)):
                     different.append(f"{part} {name}")
-        kept = checkpoint.read_left_out(args.checkpoint, part)
+        kept = model_checkpoint.read_left_out(checkpoint, part)
         for name in plan.left_out:
             count += 1
             if name not in kept or not _same(kept[name], source.read(name)):

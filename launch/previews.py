@@ -4,6 +4,9 @@ import json
 import pathlib
 from collections.abc import Callable, Sequence
 
+import numpy as np
+from jax.sharding import Mesh
+
 from data_pipelines.mixture import Schedule, choose_text
 from data_pipelines.packing import SamplingOptions, pack_example
 from data_pipelines.prompts import Prompter
@@ -34,25 +37,32 @@ def preview_tasks(schedule: Schedule, source, prompter: Prompter, count: int, op
     return tasks
 
 
-def make_preview(vino: Vino, tasks: Sequence[PackedTask], directory: pathlib.Path, writer: MetricWriter, *, steps: int, mesh, rules) -> Callable:
-    """preview(params, stage, step): writes DIR/<stage>_<step>/<number>_<task>.png or .mp4 and prompts.json, and the first frames
-    to TensorBoard."""
-    sampler: Sampler | None = None
+class Previews:
+    """Draws the previews of a run, with one sampler for all stages, so that a shape compiles once.
 
-    def preview(params: Params, stage: str, step: int) -> None:
-        nonlocal sampler
-        if sampler is None:
-            sampler = Sampler(vino, params, mesh=mesh, rules=rules)
-        sampler.params = params
-        folder = directory / f"{stage}_{step:06d}"
-        results = sampler.generate_many(tasks, steps=steps)
-        sampler.params = None  # the training step donates these arrays
+    of(tasks) is preview(params, stage, step): writes DIR/<stage>_<step>/<number>_<task>.png or .mp4 and prompts.json, and the first
+    frames to TensorBoard.
+    """
+
+    def __init__(self, vino: Vino, directory: pathlib.Path, writer: MetricWriter, steps: int, mesh: Mesh, rules: dict):
+        self._sampler = Sampler(vino, None, mesh=mesh, rules=rules)
+        self._directory, self._writer, self._steps = directory, writer, steps
+
+    def of(self, tasks: Sequence[PackedTask]) -> Callable[[Params, str, int], None]:
+        def preview(params: Params, stage: str, step: int) -> None:
+            self._sampler.params = params
+            results = self._sampler.generate_many(tasks, steps=self._steps)
+            self._sampler.params = None  # the training step donates these arrays
+            self._write(tasks, [result.pixels for result in results], stage, step)
+
+        return preview
+
+    def _write(self, tasks: Sequence[PackedTask], clips: list[np.ndarray], stage: str, step: int) -> None:
+        folder = self._directory / f"{stage}_{step:06d}"
         prompts = {}
-        for number, (task, result) in enumerate(zip(tasks, results, strict=True)):
+        for number, (task, pixels) in enumerate(zip(tasks, clips, strict=True)):
             name = f"{number:02d}_{task.task}"
             prompts[name] = task.prompt
-            write_output(folder, name, result.pixels, {"prompt": task.prompt, "seed": str(task.seed)})
-            writer.picture(stage, step, name, result.pixels[0])
+            write_output(folder, name, pixels, {"prompt": task.prompt, "seed": str(task.seed)})
+            self._writer.picture(stage, step, name, pixels[0])
         (folder / "prompts.json").write_text(json.dumps(prompts, indent=1))
-
-    return preview

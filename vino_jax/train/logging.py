@@ -48,6 +48,12 @@ class MetricWriter:
         self._file.close()
         self._board.close()
 
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 class Accumulator:
     """Sums what steps report between two log records and turns it into means."""
