@@ -1,13 +1,13 @@
-"""Makes the base MMDiT part of configs/shapes.py: t2i and t2v from random weights, with a connector that is thrown away.
+"""Makes the base MMDiT part of configs/shapes.py: pictures, then pictures and clips, from random weights.
 
-It stands for HunyuanVideo. `python -m launch.train --config configs/shapes_base.py --workdir DIR`, then
-`python -m launch.convert export --checkpoint DIR/model --output DIR/export --format diffusers`: the folder's transformer/ is
-data_pipelines/shapes_parts/hunyuan/transformer/.
+It stands for HunyuanVideo, which no demo can train; the connector and queries of this run are thrown away.
 
-The shipped part was made in three sittings of this config with other `steps` (528 on an earlier VAE part, 972 and 1000 on the
-shipped one), not in one run; it is undertrained.
+    python -m launch.train --config configs/shapes_base.py --workdir DIR
+    python -m launch.convert export --checkpoint DIR/model --output DIR/export --format diffusers --dtype bfloat16
+    cp DIR/export/transformer/* data_pipelines/shapes_parts/hunyuan/transformer/
 """
 from configs import common, models, shapes
+from configs.data import bucket
 
 
 def get_config():
@@ -15,10 +15,10 @@ def get_config():
     config.init.mmdit = ""
     config.model.mmdit = models.shapes()["mmdit"]
     config.init.require = ("vae", "vlm")
-    rules = (*common.RULES["stage2"],)
+    config.buckets["clip"] = bucket(8, 9, 64, 64, 72)
+    every = {"learning_rate": 2e-3, "rules": common.RULES["stage2"], "texts": {"long": 0.5, "short": 0.5}, "image_dropout": 0.0}
     config.stages = {
-        "base": common.stage(steps=3200, learning_rate=2e-3, decay_steps=1200, rules=rules, tasks=dict(common.PLAIN_TASKS, t2i=0.7, t2v=0.3),
-                             texts={"long": 0.5, "short": 0.5}, buckets=("picture", "clip"), ema=0.0, image_dropout=0.0)}
-    config.log.checkpoint_every = 100
+        "base1_pictures": common.stage(steps=2400, tasks={"t2i": 1.0}, buckets=("picture",), **every),
+        "base2_clips": common.stage(steps=1000, decay_steps=900, tasks={"t2i": 0.6, "t2v": 0.4}, buckets=("picture", "clip"), **every)}
     config.log.preview_every = 400
     return config

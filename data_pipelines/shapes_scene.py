@@ -71,22 +71,22 @@ def draw_thing(rng, colours_but=(), shapes_but=()) -> Thing:
 
 
 def place(scene: Scene, rng, height: int, width: int) -> Scene:
-    """Gives every thing its place, radius and travel for a picture of that size (pixels); radii are about 10 to 17 pixels
-    for one thing at 64x64, 8.5 to 10 for several, scaled with the shorter side. Things never overlap and never leave the picture."""
+    """Gives every thing its place, radius and travel for a picture of that size (pixels); radii are about 11 to 20 pixels
+    for one thing at 64x64, 9.5 to 11 for several, scaled with the shorter side. Things never overlap and never leave the picture."""
     unit, count = min(height, width) / 64, len(scene.things)
     scale = unit**.6 if unit < 1 else unit  # small pictures: shrink less, to stay readable
     jitter = lambda span: (2 * rng.random() - 1) * span * unit  # noqa: E731
     moving = scene.motion != "still"
     if count == 1:
         thing = scene.things[0]
-        low = ({"small": 9.5, "large": 13.5, "": 12.0} if moving else {"small": 10.0, "large": 15.0, "": 13.0})[thing.size]
+        low = ({"small": 11.0, "large": 15.0, "": 13.0} if moving else {"small": 13.0, "large": 18.5, "": 16.0})[thing.size]
         radius = (low + 2 * rng.random()) * scale
         if scene.motion in ("grow", "shrink"):
-            radius = (12.5 + rng.random()) * scale
+            radius = (13.5 + rng.random()) * scale
         travel = travel_length(scene.motion, radius, height, width, rng)
         spot = replace(thing, y=height / 2 + jitter(3), x=width / 2 + jitter(3), radius=radius, travel=travel)
         return replace(scene, things=(spot,))
-    radius = min((8.5 + 1.5 * rng.random()) * scale, .165 * min(height, width))
+    radius = min((9.5 + 1.5 * rng.random()) * scale, .17 * min(height, width))
     if count == 2:
         slots = {"left of": ((.5, .27), (.5, .73)), "above": ((.27, .5), (.73, .5))}
         flip = {"right of": "left of", "below": "above"}

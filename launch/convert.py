@@ -1,10 +1,11 @@
 """PyTorch checkpoints to a model checkpoint and back.
 
     python -m launch.convert import --output DIR [--vino vino.ckpt] [--mmdit DIR] [--vae DIR] [--vlm DIR] [--dtype bfloat16|float32]
-    python -m launch.convert export --checkpoint DIR --output DIR --format vino|diffusers
+    python -m launch.convert export --checkpoint DIR --output DIR --format vino|diffusers [--dtype bfloat16|float32]
     python -m launch.convert verify --checkpoint DIR --against PATH [PATH ...]
 """
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
@@ -25,6 +26,8 @@ from vino_jax.models.vino import Vino
 from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import VinoConfig
 
+DTYPES = ("float32", "bfloat16")
+
 
 def main() -> None:
     args = vars(_parser().parse_args())
@@ -42,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     take.add_argument("--mmdit", type=Path, help="HunyuanVideo's folder of diffusers, or its transformer/")
     take.add_argument("--vae", type=Path, help="HunyuanVideo's folder of diffusers, or its vae/")
     take.add_argument("--vlm", type=Path, help="Qwen3-VL's folder of transformers, with its processor")
-    take.add_argument("--dtype", choices=("float32", "bfloat16"), help="of all arrays; by default each keeps its own")
+    take.add_argument("--dtype", choices=DTYPES, help="of all arrays; by default each keeps its own")
     take.add_argument("--queries", type=int, default=VinoConfig.queries, help="number of learnable queries where vino.ckpt has none")
     take.set_defaults(command=_import)
     give = commands.add_parser("export", help="model checkpoint -> PyTorch files")
@@ -50,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     give.add_argument("--output", type=Path, required=True, help="folder to write; must not hold anything yet")
     give.add_argument("--format", choices=("vino", "diffusers"), required=True,
                       help="vino: names of vino.ckpt (no VAE), safetensors; diffusers: transformer/ vae/ vlm/ vino/ with config.json")
+    give.add_argument("--dtype", choices=DTYPES, help="of all tensors; by default each keeps its own")
     give.add_argument("--ckpt", action="store_true", help="with --format vino: vino.ckpt by torch.save, held in memory")
     give.set_defaults(command=export_parts)
     check = commands.add_parser("verify", help="compare a model checkpoint with PyTorch files, to the bit")
@@ -87,10 +91,10 @@ def import_parts(output: Path, given: parts.Given, *, queries: int, dtype: str |
         _say(f"{part}: {entry.parameters:,} parameters, {entry.dtype}, from {entry.source}")
 
 
-def export_parts(checkpoint: Path, output: Path, format: str, *, ckpt: bool = False) -> None:
+def export_parts(checkpoint: Path, output: Path, format: str, *, dtype: str | None = None, ckpt: bool = False) -> None:
     """The exact inverse of import, left-out tensors included: a folder `output` in the "vino" or "diffusers" format.
 
-    ckpt: with "vino", one vino.ckpt by torch.save instead of safetensors.
+    dtype: of all tensors; None keeps each one's own. ckpt: with "vino", one vino.ckpt by torch.save instead of safetensors.
     """
     info = model_checkpoint.read_info(checkpoint)
     if ckpt and format != "vino":
@@ -102,24 +106,27 @@ def export_parts(checkpoint: Path, output: Path, format: str, *, ckpt: bool = Fa
         _say("vae: not part of vino.ckpt, left out (--format diffusers has it)")
     with atomic_folder(output) as folder:
         for name, members in groups.items():
-            _export_folder(checkpoint, info, folder / name, members, name, ckpt)
+            _export_folder(checkpoint, info, folder / name, members, name, dtype, ckpt)
 
 
-def _export_folder(directory: Path, info: model_checkpoint.ModelInfo, output: Path, members: list[str], kind: str, pickled: bool) -> None:
+def _export_folder(directory: Path, info: model_checkpoint.ModelInfo, output: Path, members: list[str], kind: str,
+                   dtype: str | None, pickled: bool) -> None:
+    cast = (lambda x: x) if dtype is None else (lambda x: x.astype(engine.DTYPES[dtype]))
     manifests, left_out, plans = {}, {}, {}
     table = parts.tables(info.config)
     for part in members:
         kernel = configs.kernels(info.config).get(part, ())
-        leaves = info.parts[part].leaves
+        leaves = {path: dataclasses.replace(leaf, dtype=dtype or leaf.dtype) for path, leaf in info.parts[part].leaves.items()}
         manifests[part] = engine.export_manifest(table[part], leaves, kernel)
         plans[part] = engine.make_plan(table[part], model_checkpoint.nested(leaves), manifests[part])
-        left_out[part] = model_checkpoint.read_left_out(directory, part)
+        left_out[part] = {name: cast(array) for name, array in model_checkpoint.read_left_out(directory, part).items()}
     engine.check(plans)
     named = parts.vino_name if kind in ("", "vino") else lambda part, name: name
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for part in members:
-            leaves = _told(part, plans[part], model_checkpoint.iter_arrays(directory, part, info))
+            arrays = ((path, cast(array)) for path, array in model_checkpoint.iter_arrays(directory, part, info))
+            leaves = _told(part, plans[part], arrays)
             for name, array in engine.export_tensors(plans[part], leaves):
                 yield named(part, name), array
             for name, array in left_out[part].items():

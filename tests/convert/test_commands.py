@@ -144,6 +144,13 @@ def test_diffusers_layout_opens_and_is_the_same(published, imported, tmp_path, m
     assert checkpoint.read_info(again).config == checkpoint.read_info(imported).config
 
 
+def test_export_casts_to_the_dtype_asked(published, imported, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert command(monkeypatch, "export", "--checkpoint", imported, "--output", out, "--format", "vino", "--dtype", "bfloat16") == 0
+    assert any(tensor.dtype != ml_dtypes.bfloat16 for tensor in content(published / "whole.ckpt").values())
+    same_bits(content(out), {name: x.astype(ml_dtypes.bfloat16) for name, x in content(published / "whole.ckpt").items()})
+
+
 def test_verify_tells_what_differs(published, imported, monkeypatch, capsys):
     paths = [published / "whole.ckpt", published / "hunyuan", published / "qwen3vl"]
     assert command(monkeypatch, "verify", "--checkpoint", imported, "--against", *paths) == 0
