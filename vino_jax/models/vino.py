@@ -34,12 +34,12 @@ class Vino:
     """The whole model. `parts` name its Definitions; parameters are {"mmdit": ..., "connector": ..., "vae_connector": ...,
     "queries": ..., "vlm": ..., "vae": ...}, plain nested dicts; a method needs only the parts that it uses.
 
-    tiling: of the VAE (models/vae_tiling.py), where clips are longer or pictures larger than it should take whole; None: always whole.
+    tiling: of the VAE (models/vae_tiling.py); by default clips go through in windows of 16 frames, as the published VAE takes them.
     """
 
     def __init__(self, config: VinoConfig, runtime: Runtime, tiling: Tiling | None = None):
         self.config, self.runtime = config, runtime
-        self._tiling = tiling or Tiling(frames=None, side=None)
+        self._tiling = tiling or Tiling(side=None)
         vlm_width, ratio = config.vlm.text.width, config.connector_ratio
         self.parts = {
             "mmdit": Definition(lambda r: MMDiT(config.mmdit, runtime, rngs=r)),
@@ -97,15 +97,16 @@ class Vino:
         keys_B: one key a row for the posterior sample, or None for its mode.
         """
         patch, tokens = self.config.mmdit.patch, []
+        # two keys, one a kind: split(key, n)[0] equals fold_in(key, 0), so one key would give the first image and the clip the same noise
+        image_keys_B, video_keys_B = (None, None) if keys_B is None else jnp.unstack(jax.vmap(jax.random.split)(keys_B), axis=1)
         if batch.images is not None:
             b, n = batch.images.shape[:2]
-            keys = None if keys_B is None else jax.vmap(lambda key: jax.random.split(key, n))(keys_B).reshape(b * n)
+            keys = None if keys_B is None else jax.vmap(lambda key: jax.random.split(key, n))(image_keys_B).reshape(b * n)
             flat = batch.images.reshape(b * n, 1, *batch.images.shape[2:])
             image_tokens = patchify(self.latents(flat, keys), patch)
             tokens.append(image_tokens.reshape(b, -1, image_tokens.shape[-1]))
         if batch.video is not None:
-            keys = None if keys_B is None else jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys_B)
-            tokens.append(patchify(self.latents(batch.video, keys), patch))
+            tokens.append(patchify(self.latents(batch.video, video_keys_B), patch))
         return jnp.concatenate(tokens, axis=1) if tokens else None
 
     def condition(self, params: Params, batch: Batch) -> Conditioning:

@@ -2,6 +2,7 @@
 
 Dims: B batch, L queries, S keys, N heads, K key-value heads (N a multiple of K), H head width.
 """
+import math
 from collections.abc import Callable
 
 import jax
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 
 from vino_jax.errors import UserError
 
-# Above this many scores a head, queries go through in chunks, so that the scores never stand in memory whole.
-_MAX_SCORES = 1 << 24
+# Above this many scores (a gigabyte in float32), queries go through in chunks, so that the scores never stand in memory whole.
+_MAX_SCORES = 1 << 28
 
 
 def _xla(q_BNLH, k_BNSH, v_BNSH, mask_BNLS, scale):
@@ -22,21 +23,21 @@ def _xla(q_BNLH, k_BNSH, v_BNSH, mask_BNLS, scale):
 
 
 def _xla_chunked(q, k, v, mask, scale):
-    length, scores = q.shape[2], q.shape[2] * k.shape[2]
-    chunks = 1
-    while scores // chunks > _MAX_SCORES and length % (2 * chunks) == 0:
-        chunks *= 2
+    length = q.shape[2]
+    chunks = -(-math.prod(q.shape[:3]) * k.shape[2] // _MAX_SCORES)
     if chunks == 1:
         return _xla(q, k, v, mask, scale)
+    size = -(-length // chunks)
 
-    def split(x):  # (B, N, L, ...) -> (chunks, B, N, L/chunks, ...)
-        return jnp.moveaxis(x.reshape(*x.shape[:2], chunks, length // chunks, *x.shape[3:]), 2, 0)
+    def split(x):  # (B, N, L, ...) -> (chunks, B, N, size, ...); what the last chunk lacks is filled with zeros and dropped at the end
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, chunks * size - length), *[(0, 0)] * (x.ndim - 3)])
+        return jnp.moveaxis(x.reshape(*x.shape[:2], chunks, size, *x.shape[3:]), 2, 0)
 
     if mask is None or mask.shape[2] == 1:
         out = jax.lax.map(jax.checkpoint(lambda qc: _xla(qc, k, v, mask, scale)), split(q))
     else:
         out = jax.lax.map(jax.checkpoint(lambda c: _xla(c[0], k, v, c[1], scale)), (split(q), split(mask)))
-    return jnp.moveaxis(out, 0, 2).reshape(q.shape)
+    return jnp.moveaxis(out, 0, 2).reshape(*q.shape[:2], chunks * size, q.shape[3])[:, :, :length]
 
 
 KERNELS: dict[str, Callable] = {"xla": _xla_chunked}
