@@ -6,8 +6,8 @@ The same architecture as HunyuanVideo's VAE with SIZES below. Loss: L1 + KL_WEIG
 Adam for the rest, cosine rate. Two steps of pictures, one of a clip of 9 frames. The part is written every WRITE_EVERY steps, so a usable
 one exists early. All randomness comes from the seed.
 
-The shipped part: seed 0, 1500 steps of this recipe, 842 s on one shared CPU core, its latents normalised afterwards; PSNR on held-out
-scenes 28.1 dB for pictures, 25.6 and 25.8 dB for clips of 9 and 17 frames.
+The shipped part: this command with its defaults, 29 minutes on two busy CPU cores; PSNR on held-out scenes 32.6 dB for pictures, 28.5
+and 29.1 dB for clips of 9 and 17 frames.
 """
 import argparse
 import json
@@ -185,7 +185,7 @@ def normalised(params: Params, mean_C: np.ndarray, std_C: np.ndarray) -> Params:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=PART)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     key = jax.random.key(args.seed)
