@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 setup(
     name="vino_jax",
     version="0.1.0",
-    description="Train, convert, run and evaluate VINO, one model for generating and editing images and videos, on TPU pods in JAX",
+    description="Train, convert, run and evaluate VINO, one model for generating and editing images and videos, in JAX",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vino_jax*", "configs*", "launch*", "data_pipelines*"]),
@@ -15,8 +15,6 @@ setup(
         "optax>=0.2.8,<0.3",  # AdamW, clipping, schedules
         "orbax-checkpoint>=0.12.8,<0.13",  # sharded, asynchronous checkpoints
         "grain>=0.2.18,<0.3",  # data loading
-        "tensorflow-datasets>=4.9.10,<5",  # ingesting data sets to array_record, without TensorFlow
-        "importlib_resources",  # tensorflow-datasets imports it without declaring it
         "ml-collections>=1.1,<2",  # config files
         "numpy>=2.0",
         "scipy>=1.14",  # connected components in the shapes scorer
@@ -27,7 +25,6 @@ setup(
         "ml-dtypes>=0.5",  # bfloat16 in numpy
         "tensorboardX>=2.6",  # TensorBoard files without TensorFlow
         "tqdm>=4.66",  # progress bars
-        "jaxtyping>=0.3",  # shapes in public signatures
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
@@ -40,7 +37,6 @@ setup(
             "accelerate",
             "pytest>=8",
             "pytest-xdist>=3.6",  # test files on both cores
-            "chex>=0.1.90",
             "scikit-image>=0.25",  # real pictures, and a second opinion on PSNR and SSIM
             "ruff>=0.9",
         ],

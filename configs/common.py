@@ -15,17 +15,17 @@ ALL_TASKS = {"t2i": 0.1, "t2v": 0.1, "i2v": 0.1, "ti2v": 0.15, "ti2i": 0.25, "ti
 
 
 def curriculum(steps: tuple[int, int, int], rates: tuple[float, float, float], plain: tuple[str, ...], mixed: tuple[str, ...],
-               *, ema: float = 0.9999) -> dict:
+               *, ema: float = 0.9999, plain_tasks: dict[str, float] = PLAIN_TASKS, all_tasks: dict[str, float] = ALL_TASKS) -> dict:
     """The three stages: connector only; long and short prompts with the MMDiT; all tasks mixed.
 
-    plain, mixed: names of the buckets of stages 1 and 2, and of stage 3.
+    plain, mixed: names of the buckets of stages 1 and 2, and of stage 3; plain_tasks, all_tasks: theirs, with shares of the rows.
     """
     return {
-        "stage1": {"steps": steps[0], "learning_rate": rates[0], "rules": RULES["stage1"], "tasks": dict(PLAIN_TASKS),
+        "stage1": {"steps": steps[0], "learning_rate": rates[0], "rules": RULES["stage1"], "tasks": dict(plain_tasks),
                    "texts": {"long": 1.0}, "buckets": plain, "ema": 0.0},
-        "stage2": {"steps": steps[1], "learning_rate": rates[1], "rules": RULES["stage2"], "tasks": dict(PLAIN_TASKS),
+        "stage2": {"steps": steps[1], "learning_rate": rates[1], "rules": RULES["stage2"], "tasks": dict(plain_tasks),
                    "texts": {"long": 0.5, "short": 0.5}, "buckets": plain, "ema": ema},
-        "stage3": {"steps": steps[2], "learning_rate": rates[2], "rules": RULES["stage3"], "tasks": dict(ALL_TASKS),
+        "stage3": {"steps": steps[2], "learning_rate": rates[2], "rules": RULES["stage3"], "tasks": dict(all_tasks),
                    "texts": {"long": 0.25, "short": 0.25, "instruction": 0.5}, "buckets": mixed, "ema": ema},
     }
 

@@ -7,7 +7,6 @@ It stands for HunyuanVideo, which no demo can train; the connector and queries o
     cp DIR/export/transformer/* data_pipelines/shapes_parts/hunyuan/transformer/
 """
 from configs import common, models, shapes
-from configs.data import bucket
 
 
 def get_config():
@@ -15,7 +14,6 @@ def get_config():
     config.init.mmdit = ""
     config.model.mmdit = models.shapes()["mmdit"]
     config.init.require = ("vae", "vlm")
-    config.buckets["clip"] = bucket(8, 9, 64, 64, 72)
     every = {"learning_rate": 2e-3, "rules": common.RULES["stage2"], "texts": {"long": 0.5, "short": 0.5}, "image_dropout": 0.0}
     config.stages = {
         "base1_pictures": common.stage(steps=2400, tasks={"t2i": 1.0}, buckets=("picture",), **every),

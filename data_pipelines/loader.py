@@ -24,7 +24,7 @@ class Loader:
       source: data_pipelines.sources.Source. mixture, buckets, seed: see Schedule.
       prompter: data_pipelines.prompts.Prompter.
       threads: batches packed at a time; prefetch: batches kept ready. shift: of the flow time, for pictures and clips.
-    Attributes: `waited`, the seconds that next() has taken so far; `buckets`, those that the mixture draws; `schedule`.
+    Attributes: `waited`, the seconds that next() has taken so far; `schedule`.
     Raises UserError where the rows do not divide by the processes, or a task has no bucket.
     """
 
@@ -41,10 +41,6 @@ class Loader:
         steps = grain.MapDataset.range(start_step, ENDLESS if stop_step is None else stop_step)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
         self._batches = iter(steps.map(self.batch).to_iter_dataset(options))
-
-    @property
-    def buckets(self) -> tuple[BucketSpec, ...]:
-        return tuple(a.bucket for a in self.schedule.used)
 
     def table(self) -> str:
         """Buckets, tasks, tokens and shares, and what fits nowhere: to print before step 0."""

@@ -13,7 +13,6 @@ from data_pipelines.prompts import EncodedPrompt, Prompter
 from data_pipelines.samples import Sample
 from data_pipelines.tasks import IMAGE_SIZED, NEGATIVE_IMAGE, NEGATIVE_VIDEO, VIDEO_SIZED, Task
 from vino_jax.batch import (
-    FRAMES_A_LATENT,
     PIXELS_A_TOKEN,
     ROLE_LATENT,
     ROLE_MARKER,
@@ -21,6 +20,7 @@ from vino_jax.batch import (
     Batch,
     BucketSpec,
     PackedTask,
+    check_sampled,
     latent_frames,
     visual_tokens,
 )
@@ -28,7 +28,6 @@ from vino_jax.errors import UserError
 
 Grid = tuple[int, int, int]  # latent frames, rows, columns of tokens
 
-MAX_FRAMES = 89
 SHIFT = (5.0, 7.0)  # of the flow time: pictures, clips
 GUIDANCE = (5.0, 7.0)  # of the text: pictures, clips
 
@@ -59,7 +58,7 @@ def reference_sequence(grids: Sequence[Grid], offsets: Sequence[int], starts: Se
 
 
 def pack_row(prompt: EncodedPrompt, grids: Sequence[Grid], offsets: Sequence[int], sizes: tuple[int, int, int], *, task: str, shift: float,
-             weight: float = 1.0, sample: int = 0) -> dict[str, np.ndarray]:
+             sample: int = 0) -> dict[str, np.ndarray]:
     """One row of a Batch by field, without pixels, padded to `sizes` = (L prompt tokens, P patches, R reference tokens).
 
     `grids` and `offsets` (into the pool) belong to the prompt's references, in its order. Raises UserError when the row does
@@ -77,7 +76,7 @@ def pack_row(prompt: EncodedPrompt, grids: Sequence[Grid], offsets: Sequence[int
         "patches": _padded(prompt.patches, patches), "patch_coords": _padded(prompt.coords, patches),
         "patch_segment": _padded(prompt.segments, patches),
         "role": _padded(role, references), "source": _padded(source, references), "position": _padded(position, references),
-        "target_start": np.int32(start), "shift": np.float32(shift), "task": np.int32(TASKS.index(task)), "weight": np.float32(weight),
+        "target_start": np.int32(start), "shift": np.float32(shift), "task": np.int32(TASKS.index(task)), "weight": np.float32(1),
         "sample": np.int32(sample),
     }
 
@@ -91,7 +90,7 @@ def collate(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
 
 
 def pack_sample(sample: Sample, text: str, bucket: BucketSpec, prompter: Prompter, *, drop_images: bool = False,
-                shift: tuple[float, float] = SHIFT, index: int = 0, weight: float = 1.0) -> dict[str, np.ndarray]:
+                shift: tuple[float, float] = SHIFT, index: int = 0) -> dict[str, np.ndarray]:
     """A training row: the fields of `pack_row` plus target (F, H, W, 3), images (N, H, W, 3) and video (F, H, W, 3), uint8.
 
     Reference images are letterboxed onto the bucket's canvas. With `drop_images` (condition dropout) they are absent from prompt
@@ -111,7 +110,7 @@ def pack_sample(sample: Sample, text: str, bucket: BucketSpec, prompter: Prompte
             grids.append(token_grid(bucket.video_frames, bucket.video_height, bucket.video_width))
             offsets.append(bucket.images * image_tokens)
         row = pack_row(prompter.encode(text, seen, clip), grids, offsets, (bucket.prompt_tokens, bucket.patches, bucket.reference_tokens),
-                       task=sample.task, shift=shift[bucket.frames > 1], weight=weight, sample=index)
+                       task=sample.task, shift=shift[bucket.frames > 1], sample=index)
     except UserError as error:
         raise UserError(f"sample {sample.id!r} does not fit bucket {bucket.name!r}: {error}") from None
     row["target"] = np.ascontiguousarray(sample.target)
@@ -188,10 +187,7 @@ def pack_example(sample: Sample, text: str, prompter: Prompter, options: Samplin
 
 def check_options(options: SamplingOptions) -> None:
     """Raises UserError for sizes that no task can have."""
-    if options.height % PIXELS_A_TOKEN or options.width % PIXELS_A_TOKEN or min(options.height, options.width) < PIXELS_A_TOKEN:
-        raise UserError(f"height {options.height} and width {options.width} must be multiples of {PIXELS_A_TOKEN}")
-    if not 1 <= options.num_frames <= MAX_FRAMES or (options.num_frames - 1) % FRAMES_A_LATENT:
-        raise UserError(f"num_frames {options.num_frames} must be 4k+1 and at most {MAX_FRAMES}")
+    check_sampled(options.num_frames, options.height, options.width)
 
 
 def output_size(task: str, images: Sequence[np.ndarray], video: np.ndarray | None, options: SamplingOptions) -> tuple[int, int, int]:

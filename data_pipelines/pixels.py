@@ -83,16 +83,6 @@ class PixelLimits:
         first = bounded_size(height, width, self.first_factor, self.first_video_min, self.first_video_max)
         return first, bounded_size(*first, self.patch * self.merge, self.video_min, self.video_max, self.video_frames, self.temporal)
 
-    def image_grid(self, height: int, width: int) -> tuple[int, int, int]:
-        """(1, rows, columns) of patches of an image of that size; merged tokens are rows * columns / 4."""
-        high, wide = self.image_sizes(height, width)[1]
-        return 1, high // self.patch, wide // self.patch
-
-    def video_grid(self, height: int, width: int) -> tuple[int, int, int]:
-        """(frame groups, rows, columns) of patches of a clip of that size."""
-        high, wide = self.video_sizes(height, width)[1]
-        return -(-self.video_frames // self.temporal), high // self.patch, wide // self.patch
-
 
 @dataclass(frozen=True)
 class Patches:

@@ -3,22 +3,48 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from vino_jax.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that ends on a wrong flag as on any other error of the user: a UserError, one line, exit code 2."""
+    """An ArgumentParser that ends on a wrong flag as on any other error of the user: a UserError, one line, exit code 2.
+
+    Its flags of type Path are read by `local_path`; so are those of its subcommands.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, local_path)
 
     def error(self, message: str):
         raise UserError(f"{message}; see --help")
 
 
+def local_path(text: str) -> Path:
+    """The path. Raises UserError for an address such as gs://bucket/run, of which pathlib would make the local folder gs:/bucket/run."""
+    if "://" in text:
+        raise UserError(f"{text} is no local path: files are read and written on this machine's disks alone; mount or copy what lies elsewhere")
+    return Path(text)
+
+
+def make_output(folder: Path) -> None:
+    """Make the folder of a command's results. Raises UserError, before hours of work are lost, where nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from None
+
+
 def common_setup() -> None:
     """Settings that hold for every command; call it first in main(). It imports no JAX and starts no accelerator.
 
-    TPU pods are joined by `jax.distributed.initialize()` in the commands that run on several hosts, not here.
+    Every command runs as one process: none calls `jax.distributed.initialize()` yet.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ notes would drown the one line that matters
     logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every array it writes at INFO

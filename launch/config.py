@@ -7,25 +7,41 @@ from typing import Any
 
 import ml_collections
 
+from launch import cli
 from vino_jax.errors import UserError
+from vino_jax.nn.module import by_path
 from vino_jax.settings import nearest
 
 
-def load_config(path: str, overrides: dict[str, str]) -> dict[str, Any]:
+def load_config(path: str | pathlib.Path, overrides: dict[str, str]) -> dict[str, Any]:
     """get_config() of a Python file as plain nested dicts, with overrides by dotted key.
 
-    Raises UserError for a missing file, an unknown key (with the nearest name), or a value of another type.
+    Raises UserError for a file that is missing or no config, an unknown key (with the nearest name), a value of another type, or an
+    address where only local paths are (cli.local_path).
     """
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise UserError(f"config file {path} does not exist")
-    spec = importlib.util.spec_from_file_location("vino_jax_config", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = _read(pathlib.Path(path))
     for key, text in overrides.items():
         _override(config, key, text)
-    return config.to_dict()
+    values = config.to_dict()
+    for value in by_path(values).values():
+        if isinstance(value, str):
+            cli.local_path(value)
+    return values
+
+
+def _read(file: pathlib.Path) -> ml_collections.ConfigDict:
+    """get_config() of the file. What the file itself raises keeps its traceback: it is code."""
+    if not file.is_file():
+        raise UserError(f"config file {file} does not exist")
+    spec = importlib.util.spec_from_file_location("vino_jax_config", file)
+    if spec is None:
+        raise UserError(f"config file {file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config() if hasattr(module, "get_config") else None
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"config file {file} must define get_config() that returns an ml_collections.ConfigDict, as those of configs/ do")
+    return config
 
 
 def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
@@ -51,7 +67,7 @@ def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The parser's own flags, and the config that --config and --config.KEY=VALUE (or --config.KEY VALUE) name."""
-    parser.add_argument("--config", required=True, help="config file; --config.KEY=VALUE overrides one of its keys")
+    parser.add_argument("--config", required=True, type=pathlib.Path, help="config file; --config.KEY=VALUE overrides one of its keys")
     flags, rest = parser.parse_known_args(argv)
     overrides: dict[str, str] = {}
     rest = list(rest)

@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="launch.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(prog="launch.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     take = commands.add_parser("import", help="PyTorch files -> model checkpoint")
     take.add_argument("--output", type=Path, required=True, help="the model checkpoint to write; must not hold anything yet")

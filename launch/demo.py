@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -30,7 +31,7 @@ from vino_jax.train.loop import EXIT_PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG, WITHOUT_STAGE1 = "configs/shapes.py", "configs/shapes_no_stage1.py"
-MESH = {"data": 2, "fsdp": 2}
+MESH = {"data": 1, "fsdp": 2}
 STOPPED_IN = "stage2"  # the stage in which the run is stopped once
 TELL_EVERY = 50  # steps
 TASK_FILE_SAMPLE = 1000  # index of the held-out samples in the task file: beyond those that are scored
@@ -139,10 +140,11 @@ class Watch:
         stage, step = last["stage"], last["step"]
         if stage != self._told[0] or step >= self._told[1] + TELL_EVERY:
             self._told = (stage, step)
-            print(f"   {stage} step {step}: loss {last['loss']:.4f}, {last['samples_a_second']:.0f} samples a second", flush=True)
+            print(f"   {self.workdir.name}: {stage} step {step}, loss {last['loss']:.4f}, {last['samples_a_second']:.0f} samples a second",
+                  flush=True)
         if self.stop and stage == STOPPED_IN and 0 < saved_step(self.workdir, stage) < step:
             saved = saved_step(self.workdir, stage)
-            print(f"   SIGTERM to the run at {stage} step {step}, after the checkpoint of step {saved}", flush=True)
+            print(f"   {self.workdir.name}: SIGTERM at {stage} step {step}, after the checkpoint of step {saved}", flush=True)
             process.send_signal(signal.SIGTERM)
             self.stop = False
 
@@ -153,7 +155,7 @@ def saved_step(workdir: Path, stage: str) -> int:
     return max((int(p.parent.name) for p in folder.glob("[0-9]*/_CHECKPOINT_METADATA") if p.parent.name.isdigit()), default=0)
 
 
-def train(demo: Demo, name: str, config: str, *flags: str, stop: bool = False) -> None:
+def train(demo: Demo, name: str, config: str, *, stop: bool = False) -> None:
     """A training run in OUTPUT/<name>; with `stop` it is stopped on the way and started again."""
     workdir, size = demo.output / name, demo.size
     if (workdir / "model" / "model.json").exists():
@@ -165,16 +167,24 @@ def train(demo: Demo, name: str, config: str, *flags: str, stop: bool = False) -
         steps = {"stage1": first, "stage2": second, "stage3": third} if config == CONFIG else {"stage2": first + second, "stage3": third}
         settings |= {f"stages.{stage}.steps": count for stage, count in steps.items()}
     devices = MESH["data"] * MESH["fsdp"]
-    command = ("--config", config, "--workdir", workdir, *(f"--config.{k}={v}" for k, v in settings.items()), *flags)
+    command = ("--config", config, "--workdir", workdir, *(f"--config.{k}={v}" for k, v in settings.items()))
     code = demo.command("launch.train", *command, log=f"train_{name}", devices=devices, watch=Watch(workdir, stop))
     demo.done(code, f"train_{name}", (0, EXIT_PREEMPTED, -signal.SIGTERM) if stop else (0,))
     if code:
         saved = saved_step(workdir, STOPPED_IN)
-        print(f"   it ended with exit code {code}, saved at {STOPPED_IN} step {saved}; the same command again goes on there", flush=True)
+        print(f"   {name}: it ended with exit code {code}, saved at {STOPPED_IN} step {saved}; the same command again goes on there", flush=True)
         code = demo.command("launch.train", *command, log=f"train_{name}", devices=devices, watch=Watch(workdir, False))
         demo.done(code, f"train_{name}")
     elif stop:
-        print("   it came to its end before it could be stopped", flush=True)
+        print(f"   {name}: it came to its end before it could be stopped", flush=True)
+
+
+def train_both(demo: Demo) -> None:
+    """The run and its comparison side by side: while one compiles, which is mostly one thread, the other uses the second core."""
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(train, demo, "train", CONFIG, stop=True), pool.submit(train, demo, "no_stage1", WITHOUT_STAGE1)]
+    for run in runs:
+        run.result()
 
 
 # --- sampling and scoring ---
@@ -245,11 +255,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = flags.output.absolute()
     same_as_before(output, flags.short)
     demo = Demo(output, SHORT if flags.short else FULL)
-    init = f"--config.init.checkpoint={output / 'train' / 'init'}"
-    with demo.phase("train", f"three stages of {CONFIG} on a mesh of {MESH}, stopped once in {STOPPED_IN} and gone on with"):
-        train(demo, "train", CONFIG, stop=True)
-    with demo.phase("train without stage 1", f"{WITHOUT_STAGE1}: as many steps, from the same parts"):
-        train(demo, "no_stage1", WITHOUT_STAGE1, init)
+    with demo.phase("train", f"three stages of {CONFIG} on a mesh of {MESH}, stopped once in {STOPPED_IN} and gone on with; at the same time "
+                             f"{WITHOUT_STAGE1}: as many steps, from the same parts"):
+        train_both(demo)
     with demo.phase("sample", "a task file of all eight tasks, by launch.sample"):
         sample_task_file(demo)
     size = demo.size

@@ -35,10 +35,9 @@ from vino_jax.errors import UserError
 from vino_jax.evaluation import shapes as scorer
 from vino_jax.evaluation.metrics import steadiness
 from vino_jax.models.vino import Vino
-from vino_jax.sampling.defaults import SamplingConfig
 from vino_jax.sampling.pipeline import Sampler
 from vino_jax.sampling.video import write_output
-from vino_jax.settings import VinoConfig, build, nearest
+from vino_jax.settings import SamplingConfig, VinoConfig, build, nearest, read_json
 from vino_jax.sharding.mesh import make_mesh
 from vino_jax.sharding.rules import preset
 from vino_jax.train.config import RunConfig, run_config
@@ -78,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     scores = Scores(flags.output, settings(flags, config, sampling))
     for name, directory in directories.items():
         scores.begin(name, directory)
+    cli.make_output(flags.output)
     posed = functools.cache(lambda task: poses(task, flags, sampling))
     waiting = {name: [task for task in tasks if not scores.has(name, task)] for name in directories}
     for name in directories:
@@ -103,7 +103,7 @@ def read_candidates(flags: argparse.Namespace) -> dict[str, Path]:
         name, equals, directory = entry.partition("=")
         if not equals or not name.replace("_", "").isalnum() or name in found:
             raise UserError(f"--against {entry!r} must be NAME=DIR, each name once, of letters, digits and _ ('{MAIN}' is --checkpoint's)")
-        found[name] = Path(directory)
+        found[name] = cli.local_path(directory)
     found = {name: model_directory(path) for name, path in found.items()}
     for path in found.values():
         checkpoint.read_info(path)
@@ -167,7 +167,7 @@ def sources(sample: Sample) -> dict[str, np.ndarray]:
 def write_poses(output: Path, posed: dict[str, list[Sample]], show: int) -> None:
     """References and ideal targets of the first samples, and samples.json: task -> [{index, prompt, references, ideal}]."""
     path = output / "samples.json"
-    listed = json.loads(path.read_text()) if path.exists() else {}
+    listed = read_json(path) if path.exists() else {}
     for task, samples in posed.items():
         listed[task] = []
         for i, sample in enumerate(samples[:show]):
@@ -281,7 +281,7 @@ class Scores:
         self._path = output / "scores.json"
         self._data: dict[str, Any] = {"settings": settings, "checkpoints": {}}
         if self._path.exists():
-            kept = json.loads(self._path.read_text())
+            kept = read_json(self._path)
             for name, value in settings.items():
                 if kept["settings"].get(name) != value:
                     before = kept["settings"].get(name)

@@ -24,6 +24,7 @@ import optax.contrib
 from safetensors.numpy import save_file
 
 from data_pipelines import shapes
+from launch import cli
 from vino_jax.convert.configs import write_vae
 from vino_jax.convert.ops import PATCH
 from vino_jax.convert.tables.vae import table
@@ -199,7 +200,7 @@ def normalised(params: Params, latents: Latents) -> Params:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(prog="launch.make_vae", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=PART)
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--seed", type=int, default=0)
@@ -230,4 +231,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -5,7 +5,6 @@
 The tokenizer is a byte-level BPE of the Qwen kind, trained on the texts of `shapes`; the weights are random and never trained.
 The same seed gives the same bytes. Nothing is downloaded.
 """
-import argparse
 import json
 from pathlib import Path
 
@@ -168,7 +167,7 @@ def write(folder: Path, seed: int = 0) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="launch.make_vlm", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

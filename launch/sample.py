@@ -8,6 +8,8 @@ a task failed (the others are done), with 2 when flags or files are wrong.
 import argparse
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +27,9 @@ from vino_jax.errors import UserError
 from vino_jax.models.vae_tiling import Tiling
 from vino_jax.models.vino import Vino
 from vino_jax.nn.runtime import Runtime
-from vino_jax.sampling.defaults import SamplingConfig
 from vino_jax.sampling.pipeline import POSTERIORS, Result, Sampler
 from vino_jax.sampling.video import write_latents, write_output
-from vino_jax.settings import build
+from vino_jax.settings import SamplingConfig, build
 from vino_jax.sharding.mesh import make_mesh, parse_mesh
 from vino_jax.sharding.resolve import shardings
 from vino_jax.sharding.rules import preset
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_flags(flags, defaults)
     tasks, problems = read_tasks(flags.tasks, flags.root)
     noise = read_noise(flags.initial_noise) if flags.initial_noise else None
+    cli.make_output(flags.output)
     report = Report(len(tasks) + len(problems))
     for problem in problems:
         report.failed(str(problem))
@@ -118,20 +120,22 @@ def check_flags(flags: argparse.Namespace, defaults: SamplingConfig) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
     parse_mesh(flags.mesh or "")
-    if flags.output.exists() and not flags.output.is_dir():
-        raise UserError(f"--output {flags.output} is a file; choose a folder")
 
 
 def read_noise(path: Path) -> dict[str, np.ndarray]:
     """Index of a task -> noise (1, f, h, w, C) float32. Raises UserError for a file that is no npz of such arrays."""
     try:
-        with np.load(path) as file:
+        file = np.load(path)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise UserError(f"the initial noise {path} is no .npz: write it with numpy.savez, one array a task, named by its index")
+        with file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"cannot read the initial noise {path}: {error}") from None
     for name, array in arrays.items():
-        if array.ndim != 5:
-            raise UserError(f"the initial noise {name!r} in {path} has the shape {array.shape}; it must be (1, C, T, H, W)")
+        if array.ndim != 5 or not np.issubdtype(array.dtype, np.floating):
+            raise UserError(f"the initial noise {name!r} in {path} is {array.dtype} of the shape {array.shape}; "
+                            "it must be floating-point (1, C, T, H, W)")
     return {name: np.moveaxis(array, 1, -1).astype(np.float32) for name, array in arrays.items()}
 
 
@@ -159,7 +163,7 @@ def finished(flags: argparse.Namespace, task: Task) -> Path | None:
 
 def generate(sampler: Sampler, prompter: Prompter, tasks: Sequence[Task], flags: argparse.Namespace, defaults: SamplingConfig,
              noise: dict[str, np.ndarray] | None, report: "Report") -> None:
-    """Pack, sample and write some tasks; one that cannot be packed is reported and holds no other up, an error in
+    """Pack, sample and write some tasks; one that cannot be packed or written is reported and holds no other up, an error in
     sampling (memory ran out) is reported for all of them."""
     start = time.perf_counter()
     packed = list(_packed(prompter, tasks, flags, defaults, noise, report))
@@ -172,7 +176,10 @@ def generate(sampler: Sampler, prompter: Prompter, tasks: Sequence[Task], flags:
             report.failed(f"task {task.index}: {' '.join(str(error).split())}")
         return
     for task, result in zip(packed, results, strict=True):
-        report.written(task, _write(task, result, flags), (time.perf_counter() - start) / len(packed))
+        try:
+            report.written(task, _write(task, result, flags), (time.perf_counter() - start) / len(packed))
+        except OSError as error:  # the disk is full
+            report.failed(f"task {task.index}: cannot write to {flags.output}: {error.strerror or error}")
 
 
 def _packed(prompter: Prompter, tasks: Sequence[Task], flags: argparse.Namespace, defaults: SamplingConfig,

@@ -4,14 +4,12 @@
 
 The workdir gets config.json, init/ (imported parts), checkpoints/<stage>/, metrics.jsonl, tensorboard/, previews/ and, at the end,
 model/: a model checkpoint (averaged weights where the last stage keeps an average) that launch.sample and launch.evaluate read.
+A workdir belongs to its config (vino_jax/train/workdir.py says what may change); with more steps of the last stage it goes on, and
+model/ is written anew.
 """
-import argparse
 import contextlib
-import dataclasses
-import json
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -30,25 +28,28 @@ from launch.previews import Previews, preview_tasks
 from vino_jax.batch import BucketSpec, PackedTask
 from vino_jax.checkpoint import model as model_checkpoint
 from vino_jax.checkpoint.run import RunCheckpoints
-from vino_jax.convert.parts import Given
+from vino_jax.convert.parts import Given, processor_files
 from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
 from vino_jax.nn.module import Params
 from vino_jax.settings import VinoConfig, nearest
 from vino_jax.sharding.mesh import make_mesh
-from vino_jax.sharding.resolve import describe, shardings
+from vino_jax.sharding.resolve import describe
 from vino_jax.sharding.rules import preset
 from vino_jax.train.config import RunConfig, run_config
-from vino_jax.train.initial import initial_params, resolve_model
+from vino_jax.train.initial import finished_params, held_paths, initial_params, param_structs, resolve_model, trained_parts
 from vino_jax.train.logging import MetricWriter
-from vino_jax.train.loop import StagePlan, make_encoder, run_stage
+from vino_jax.train.loop import StagePlan, check_batches, make_encoder, run_stage
 from vino_jax.train.stage import StageConfig
+from vino_jax.train.workdir import checkpoints_folder, claim, steps_done
 
-# name -> source(config, stage's buckets, stage's tasks, prompter, seed of the stream)
+# name -> source(config, stage's buckets, stage's tasks, prompter)
 SOURCES = {
-    "shapes": lambda config, buckets, tasks, prompter, seed: ShapesSource(seed),
-    "media": lambda config, buckets, tasks, prompter, seed: MediaSource(config.data.manifest, config.data.root, buckets, prompter, tasks),
+    "shapes": lambda config, buckets, tasks, prompter: ShapesSource(config.seed),
+    "media": lambda config, buckets, tasks, prompter: MediaSource(config.data.manifest, config.data.root, buckets, prompter, tasks),
 }
+# name -> source(config) of samples that training does not draw, for previews; a source that has none is previewed on its own
+UNSEEN = {"shapes": lambda config: ShapesSource(held_out(config.seed))}
 
 
 def initial_checkpoint(config: RunConfig, workdir: pathlib.Path) -> pathlib.Path:
@@ -65,28 +66,21 @@ def initial_checkpoint(config: RunConfig, workdir: pathlib.Path) -> pathlib.Path
     return directory
 
 
-@dataclasses.dataclass(frozen=True)
 class StageData:
-    """The samples of one stage."""
+    """The samples of one stage. Raises UserError where a task of its mixture has no samples or no bucket."""
 
-    config: RunConfig
-    stage: StageConfig
-    prompter: Prompter
-    buckets: tuple[BucketSpec, ...]
-    mixture: Mixture
-    source: Any
-
-    @classmethod
-    def of(cls, config: RunConfig, stage: StageConfig, prompter: Prompter, seed: int) -> "StageData":
-        """seed: of the stream of samples, where the source is endless."""
-        buckets = tuple(config.buckets[name] for name in stage.buckets)
-        mixture = Mixture(stage.tasks, stage.texts, stage.text_dropout, stage.image_dropout)
-        return cls(config, stage, prompter, buckets, mixture, SOURCES[config.data.source](config, buckets, stage.tasks, prompter, seed))
+    def __init__(self, config: RunConfig, stage: StageConfig, prompter: Prompter):
+        self.config, self.stage, self.prompter = config, stage, prompter
+        self.named = tuple(config.buckets[name] for name in stage.buckets)
+        self.mixture = Mixture(stage.tasks, stage.texts, stage.text_dropout, stage.image_dropout)
+        self.source = SOURCES[config.data.source](config, self.named, stage.tasks, prompter)
+        self.seed = config.seed + sum(map(ord, stage.name))  # of the plan: stages draw different samples
+        self.schedule = Schedule(self.seed, self.mixture, self.named, self.source)
 
     @property
-    def seed(self) -> int:
-        """Of the plan: stages draw different samples."""
-        return self.config.seed + sum(map(ord, self.stage.name))
+    def buckets(self) -> tuple[BucketSpec, ...]:
+        """Those that the mixture draws."""
+        return tuple(entry.bucket for entry in self.schedule.used)
 
     @property
     def shift(self) -> tuple[float, float]:
@@ -94,73 +88,98 @@ class StageData:
 
     def loader(self, start: int) -> Loader:
         """Batches from step `start` on, this process's rows."""
-        return Loader(self.source, self.mixture, self.buckets, self.prompter, self.seed, start, self.stage.steps, jax.process_index(),
+        return Loader(self.source, self.mixture, self.named, self.prompter, self.seed, start, self.stage.steps, jax.process_index(),
                       jax.process_count(), self.config.data.threads, self.config.data.prefetch, self.shift)
-
-    def schedule(self) -> Schedule:
-        return Schedule(self.seed, self.mixture, self.buckets, self.source)
 
     def table(self) -> str:
         """Buckets, tasks, tokens and shares, and what fits nowhere."""
-        return table(self.schedule().assigned, self.source.unplaced())
+        return table(self.schedule.assigned, self.source.unplaced())
 
     def preview_tasks(self) -> list[PackedTask]:
-        log = self.config.log
+        log, unseen = self.config.log, UNSEEN.get(self.config.data.source)
         options = SamplingOptions(guidance=log.preview_guidance, negative_prompt="", seed=self.config.seed)
-        return preview_tasks(self.schedule(), self.source, self.prompter, log.preview_count, options, self.shift)
+        source = unseen(self.config) if unseen else self.source
+        return preview_tasks(self.schedule, source, self.prompter, log.preview_count, options, self.shift)
 
 
 def train(config: RunConfig, workdir: pathlib.Path, *, quiet: bool = False) -> pathlib.Path:
-    """Run all stages and return the directory of the model checkpoint at their end."""
+    """Run all stages and return the directory of the model checkpoint at their end.
+
+    Raises UserError, before it touches anything, where the config does not go with the machine or with what stands in the workdir.
+    """
     say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
     if config.data.source not in SOURCES:
         raise UserError(f"unknown data source {config.data.source!r}{nearest(config.data.source, SOURCES)}")
     mesh, rules = make_mesh(config.mesh.sizes), preset(config.mesh.preset)
-    workdir.mkdir(parents=True, exist_ok=True)
+    for stage in config.stages.values():
+        check_batches(stage, [config.buckets[name] for name in stage.buckets], mesh, rules)
+    claim(workdir, config)
+    before = steps_done(workdir, config.stages)
     directory = initial_checkpoint(config, workdir)
     vino = Vino(resolve_model(directory, config.model), config.runtime)
-    params = initial_params(vino, directory, list(config.stages.values()), mesh, rules, config.seed, config.init.require)
-    sizes = describe(params, shardings(params, vino.axes, mesh, rules))
-    say(f"mesh {dict(mesh.shape)}, preset {config.mesh.preset}: parameters {sizes['bytes'] / 1e6:.1f} MB, "
-        f"{sizes['bytes_a_device'] / 1e6:.1f} MB a device, {100 * sizes['replicated_share']:.1f} % replicated")
     processor = pathlib.Path(config.data.processor) if config.data.processor else model_checkpoint.processor_folder(directory)
-    prompter = Prompter(processor)
-    datas = {name: StageData.of(config, stage, prompter, config.seed) for name, stage in config.stages.items()}
+    prompter, files = Prompter(processor), processor_files(processor)
+    datas = {name: StageData(config, stage, prompter) for name, stage in config.stages.items()}
     for name, data in datas.items():
         say(f"{name}: {data.stage.steps} steps\n{data.table()}")
-    (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-    average = run_stages(config, vino, params, datas, mesh, rules, workdir, quiet, say)
+    average = run_stages(config, vino, directory, datas, mesh, rules, workdir, quiet, say)
 
-    final = workdir / "model"
-    if not (final / "model.json").exists():
-        sources = {name: {"source": str(workdir), "sha256": ""} for name in average}
-        model_checkpoint.save(final, average, vino.config, sources, sorted(processor.iterdir()), sampling=config.sampling)
+    final, done = workdir / "model", steps_done(workdir, config.stages)
+    written = (final / "model.json").exists() and model_checkpoint.read_info(final).trained == done
+    if done != before or not written:
+        write_model(final, average, vino, config, directory, files, done)
     say(f"model checkpoint: {final}")
     return final
 
 
-def run_stages(config: RunConfig, vino: Vino, params: Params, datas: dict[str, StageData], mesh, rules, workdir: pathlib.Path, quiet: bool,
-               say: Callable[[str], None]) -> Params:
-    """Each stage from where the one before ended; the parameters at the end, averages where the last stage keeps them."""
-    encode, total, average = make_encoder(vino, mesh, rules), 0, params
+def run_stages(config: RunConfig, vino: Vino, directory: pathlib.Path, datas: dict[str, StageData], mesh, rules, workdir: pathlib.Path,
+               quiet: bool, say: Callable[[str], None]) -> Params:
+    """Each stage from where the one before ended; the parameters at the end, averages where the last stage keeps them.
+
+    What checkpoints of this workdir hold is read from there, once; only the rest comes from the initial checkpoint `directory`.
+    """
+    stages = list(config.stages.values())
+    structs = param_structs(vino, stages, mesh, rules)
+    sizes = describe(structs, jax.tree.map(lambda struct: struct.sharding, structs))
+    say(f"mesh {dict(mesh.shape)}, preset {config.mesh.preset}: parameters {sizes['bytes'] / 1e6:.1f} MB, "
+        f"{sizes['bytes_a_device'] / 1e6:.1f} MB a device, {100 * sizes['replicated_share']:.1f} % replicated")
     with contextlib.ExitStack() as closing:  # saves under way are finished, whatever ends the run
-        checkpoints = {name: closing.enter_context(RunCheckpoints(workdir / "checkpoints" / name, config.log.keep, config.log.checkpoint_every))
-                       for name in datas}
-        writer = closing.enter_context(MetricWriter(workdir, resume_at={name: c.latest() or 0 for name, c in checkpoints.items()}))
+        checkpoints = {name: closing.enter_context(RunCheckpoints(checkpoints_folder(workdir, name), config.log.keep)) for name in datas}
+        done = {name: c.latest() or 0 for name, c in checkpoints.items()}
+        writer = closing.enter_context(MetricWriter(workdir, {stage.name: stage.steps for stage in stages}, resume_at=done))
         previews = Previews(vino, workdir / "previews", writer, config.log.preview_sampling_steps, mesh, rules)
-        for name, data in datas.items():
-            plan = StagePlan(vino, data.stage, data.buckets, mesh, rules, config.seed + total, encode)
-            preview = None
-            if config.log.preview_every:
-                preview = previews.of(StageData.of(config, data.stage, data.prompter, held_out(config.seed)).preview_tasks())
-            params, average = run_stage(plan, params, data.loader, checkpoints[name], writer, config.log, total_before=total,
-                                        preview=preview, quiet=quiet, say=say)
-            total += data.stage.steps
+        begun = [stage for stage in stages if done[stage.name]]
+        held = held_paths(vino, begun)
+        params = initial_params(vino, directory, stages, mesh, rules, config.seed, config.init.require, skip=held)
+        params = finished_params(params, structs, held, {stage.name: checkpoints[stage.name] for stage in begun[:-1]})
+        encode, total, average = make_encoder(vino, mesh, rules), sum(stage.steps for stage in begun[:-1]), None
+        for stage in stages[max(len(begun) - 1, 0):]:
+            data = datas[stage.name]
+            plan = StagePlan(vino, stage, data.buckets, mesh, rules, config.seed + total, encode)
+            preview = previews.of(data.preview_tasks()) if config.log.preview_every else None
+            average = None  # that of the stage before would lie in memory for the whole of this one
+            params, average = run_stage(plan, params, data.loader, checkpoints[stage.name], writer, config.log, preview=preview, quiet=quiet,
+                                        say=say)
+            total += stage.steps
     return average
 
 
+def write_model(final: pathlib.Path, params: Params, vino: Vino, config: RunConfig, directory: pathlib.Path,
+                files: Sequence[pathlib.Path], trained: dict[str, int]) -> None:
+    """The model checkpoint at the end of a run. Parts of the initial checkpoint `directory` that no stage trains are copied from it to
+    the bit, in their own dtype and with their sources; every part keeps its tensors that are left out. files: of the processor. trained: steps by
+    stage."""
+    info = model_checkpoint.read_info(directory)
+    copied = info.parts.keys() - trained_parts(vino, list(config.stages.values()))
+    parts = {name: model_checkpoint.iter_arrays(directory, name, info) if name in copied else tree for name, tree in params.items()}
+    sources = {name: {"source": str(final.parent), "sha256": ""} for name in params}
+    sources |= {name: {"source": info.parts[name].source, "sha256": info.parts[name].sha256} for name in copied}
+    left_out = {name: model_checkpoint.read_left_out(directory, name) for name in info.parts}
+    model_checkpoint.save(final, parts, vino.config, sources, files, left_out, config.sampling, trained=trained, replace=True)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="launch.train", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = cli.Parser(prog="launch.train", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the run's directory; a run there is gone on with")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no tables")
     flags, values = parse(parser, argv)

@@ -1,5 +1,6 @@
 """The shape of the repository: which package may import which, and the names at the top."""
 import ast
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # package -> packages of this repository that its files may import (its own always)
 ARROWS = {
     "vino_jax.errors": set(),
-    "vino_jax.batch": set(),
+    "vino_jax.batch": {"errors"},
     "vino_jax.settings": {"errors"},
     "vino_jax.sharding": {"errors", "settings"},
     "vino_jax.nn": {"errors", "sharding"},
@@ -71,6 +72,15 @@ def test_heavy_packages_stay_in_their_rooms(package):
     for path in sources():
         if any(name.split(".")[0] == package for name in imports(path)):
             assert str(path.relative_to(ROOT)).startswith(ONLY_IN[package]), f"{path.relative_to(ROOT)} imports {package}"
+
+
+def test_what_setup_py_asks_for_is_imported():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    wanted = next(k.value for k in ast.walk(tree) if isinstance(k, ast.keyword) and k.arg == "install_requires").elts
+    modules = {"orbax-checkpoint": "orbax", "pillow": "PIL"}  # where the name is another one
+    names = {re.split("[<>=]", entry.value)[0] for entry in wanted}
+    imported = {name.split(".")[0] for path in sources() if ROOT / "tests" not in path.parents for name in imports(path)}
+    assert {modules.get(name, name.replace("-", "_")) for name in names} <= imported
 
 
 def test_files_stay_short():

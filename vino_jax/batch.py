@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vino_jax.errors import UserError
+
 Array = Any  # numpy on the host, jax on the device, ShapeDtypeStruct in a spec
 
 ROLE_PAD, ROLE_LATENT, ROLE_MARKER = 0, 1, 2
@@ -26,11 +28,27 @@ TASKS = ("t2i", "t2v", "i2v", "ti2v", "ti2i", "ti2i_baseimg", "tv2v", "tiv2v")
 PIXELS_A_TOKEN = 16  # 8x of the VAE, 2x of the patch
 FRAMES_A_LATENT = 4
 LATENT_COMPRESSION = 8
+MAX_FRAMES = 89  # of a clip that is sampled
+
+# What a bucket's fields may hold: the least value, the step to the next, and the same in words.
+_COUNT, _CLIP = (1, 1, "at least 1"), (1, FRAMES_A_LATENT, f"{FRAMES_A_LATENT}k+1")
+_SIDE, _PATCHES = (PIXELS_A_TOKEN, PIXELS_A_TOKEN, f"a multiple of {PIXELS_A_TOKEN}"), (0, 4, "a multiple of 4")
+_TARGET = {"batch": _COUNT, "frames": _CLIP, "height": _SIDE, "width": _SIDE, "prompt_tokens": _COUNT, "patches": _PATCHES}
+_REFERENCES = ({"images": _COUNT, "image_height": _SIDE, "image_width": _SIDE},
+               {"video_frames": _CLIP, "video_height": _SIDE, "video_width": _SIDE})
 
 
 def latent_frames(frames: int) -> int:
     """Latent frames of `frames` pixel frames (4k+1)."""
     return (frames - 1) // FRAMES_A_LATENT + 1
+
+
+def check_sampled(num_frames: int, height: int, width: int, where: str = "") -> None:
+    """Raises UserError, beginning with `where`, for a size in pixels that nothing is sampled at."""
+    if height % PIXELS_A_TOKEN or width % PIXELS_A_TOKEN or min(height, width) < PIXELS_A_TOKEN:
+        raise UserError(f"{where}height {height} and width {width} must be multiples of {PIXELS_A_TOKEN}")
+    if not 1 <= num_frames <= MAX_FRAMES or (num_frames - 1) % FRAMES_A_LATENT:
+        raise UserError(f"{where}num_frames {num_frames} must be {FRAMES_A_LATENT}k+1 and at most {MAX_FRAMES}")
 
 
 def visual_tokens(frames: int, height: int, width: int) -> int:
@@ -60,7 +78,7 @@ class Batch:
     target_start: Array  # (B,) int32: the time step of the target's first latent frame
     shift: Array  # (B,) float32: shift of the flow time
     task: Array  # (B,) int32: index into TASKS
-    weight: Array  # (B,) float32: weight in the loss; 0 for filler rows
+    weight: Array  # (B,) float32: weight in the loss
     sample: Array  # (B,) int32: which sample of the plan this is
     target: Array | None = None  # (B, F, H, W, 3) uint8 or (B, f, h, w, 2C) float32
     images: Array | None = None  # (B, N, H, W, 3) uint8 or (B, N, h, w, 2C) float32
@@ -72,7 +90,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class BucketSpec:
-    """One set of static shapes: one executable a (stage, bucket). Sizes in pixels, multiples of 16; frames 4k+1 (0: none)."""
+    """One set of static shapes: one executable a (stage, bucket). Sizes in pixels, multiples of 16; frames 4k+1; patches in cells of 4.
+
+    A kind of reference that a bucket has no slot for has zeros in all its fields. Raises UserError for other values.
+    """
 
     name: str
     batch: int  # rows over all processes
@@ -87,6 +108,16 @@ class BucketSpec:
     video_frames: int = 0
     video_height: int = 0
     video_width: int = 0
+
+    def __post_init__(self):
+        for fields in (_TARGET, *_REFERENCES):
+            values = {name: getattr(self, name) for name in fields}
+            if fields is not _TARGET and not any(values.values()):
+                continue  # no slot for this kind of reference
+            for name, (least, step, words) in fields.items():
+                if values[name] < least or (values[name] - least) % step:
+                    absent = "" if fields is _TARGET else f" (or 0, with {', '.join(other for other in fields if other != name)})"
+                    raise UserError(f"bucket {self.name!r}: {name} is {values[name]}; it must be {words}{absent}")
 
     @property
     def target_tokens(self) -> int:

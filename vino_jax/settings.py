@@ -1,12 +1,14 @@
-"""Frozen settings of the architecture, built strictly from a config: an unknown or missing key fails with the nearest name.
+"""Frozen settings of a model, built strictly from a config: an unknown or missing key fails with the nearest name.
 
 Defaults are the published sizes (HunyuanVideo 13 B, its VAE, Qwen3-VL-4B); configs/models.py holds the small ones.
 """
 import dataclasses
 import difflib
+import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from vino_jax.errors import UserError
@@ -107,6 +109,56 @@ class VinoConfig:
             raise UserError(f"vision tower gives width {self.vlm.vision.out_width}, the text model has {self.vlm.text.width}")
         if sum(self.mmdit.rope_axes) != self.mmdit.head_dim:
             raise UserError(f"rope_axes {self.mmdit.rope_axes} must sum to head_dim {self.mmdit.head_dim}")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """What sampling uses where nothing else is said: the "sampling" table of a config and of a model checkpoint (small models give small
+    pictures). The values here are the published model's (SPEC 7).
+
+    None: 640x640 for pictures, 480x848 for clips; text guidance and shift 5 and 5.0 for pictures, 7 and 7.0 for clips.
+    Sizes are checked by `check_sampled` of batch.py.
+    """
+
+    height: int | None = None  # pixels: of the target where no reference sets it, and the budget of every reference
+    width: int | None = None
+    num_frames: int = 85  # of clips, 4k+1
+    steps: int = 50
+    guidance_image: float | None = None  # of the text, for pictures
+    guidance_video: float | None = None  # and for clips
+    shift_image: float | None = None
+    shift_video: float | None = None
+    image_guidance: float = 1.0  # above 1.0 a third branch runs
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise UserError(f"config key 'sampling.steps' is {self.steps}; it must be at least 1")
+
+    def size(self, picture: bool) -> tuple[int, int]:
+        """Height and width of a picture or a clip."""
+        height, width = (640, 640) if picture else (480, 848)
+        return self.height or height, self.width or width
+
+    def guidance(self, picture: bool) -> float | None:
+        """Of the text; None: the published value."""
+        return self.guidance_image if picture else self.guidance_video
+
+    def shift(self, picture: bool) -> float | None:
+        """Of the flow time; None: the published value."""
+        return self.shift_image if picture else self.shift_video
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError where there is none."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is no JSON object")
+    return data
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

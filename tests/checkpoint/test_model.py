@@ -96,6 +96,29 @@ def test_a_failed_save_leaves_nothing(tmp_path):
         checkpoint.save(tmp_path / "c" / "precious" / "below", PARTS, VinoConfig())
 
 
+def test_skipped_arrays_are_checked_and_not_read(saved):
+    wanted = {"mmdit": structs(PARTS["mmdit"])}
+    restored = checkpoint.restore(saved[0], wanted, skip={"mmdit/blocks/kernel"})
+    assert set(restored["mmdit"]) == {"bias", "blocks"} and set(restored["mmdit"]["blocks"]) == {"none"}
+    wanted["mmdit"]["blocks"]["kernel"] = jax.ShapeDtypeStruct((3, 16, 9), jnp.float32)
+    with pytest.raises(UserError, match=r"mmdit/blocks/kernel is \[3, 16, 8\] there"):
+        checkpoint.restore(saved[0], wanted, skip={"mmdit/blocks/kernel"})
+
+
+def test_a_checkpoint_is_replaced_by_a_whole_one_or_stays(tmp_path):
+    def broken():
+        yield "a", np.ones(3, np.float32)
+        raise UserError("the source ended early")
+
+    for steps in (4, 6):
+        checkpoint.save(tmp_path / "c", PARTS, VinoConfig(), trained={"stage1": steps}, replace=True)
+        assert checkpoint.read_info(tmp_path / "c").trained == {"stage1": steps}
+    with pytest.raises(UserError, match="ended early"):
+        checkpoint.save(tmp_path / "c", {"vae": broken()}, VinoConfig(), trained={"stage1": 8}, replace=True)
+    assert checkpoint.read_info(tmp_path / "c").trained == {"stage1": 6}
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
 def test_refusals_name_the_first_difference(saved, tmp_path):
     folder, wanted = saved[0], structs(PARTS)
     with pytest.raises(UserError, match="mmdit.heads is 24 there, 2 here"):

@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vino_jax.checkpoint.run import RunCheckpoints
+from vino_jax.checkpoint.run import RunCheckpoints, complete_steps
 from vino_jax.errors import UserError
 
 
@@ -60,9 +60,9 @@ def test_restores_structure_and_bits_on_another_mesh(tmp_path):
     state = trained_state()
     placed = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, on_mesh(state, mesh(2, 4)))
     meta = {"step": 3, "stage": "one", "seeds": [1, 2], "data": {"index": 7, "name": None}}
-    with RunCheckpoints(tmp_path / "run", keep=2, every=1) as run:
+    with RunCheckpoints(tmp_path / "run", keep=2) as run:
         assert run.save(3, placed, meta)
-    with RunCheckpoints(tmp_path / "run", keep=2, every=1) as run:
+    with RunCheckpoints(tmp_path / "run", keep=2) as run:
         target = on_mesh(state, mesh(1, 8))
         restored, found = run.restore(run.latest(), target)
     assert found == meta
@@ -71,23 +71,37 @@ def test_restores_structure_and_bits_on_another_mesh(tmp_path):
     assert restored.trainable["block"]["kernel"].sharding == target.trainable["block"]["kernel"].sharding
 
 
-def test_keeps_the_last_k_and_saves_when_due_or_forced(tmp_path):
+def test_keeps_the_last_k(tmp_path):
     state = trained_state(0)
-    with RunCheckpoints(tmp_path, keep=2, every=2) as run:
+    assert complete_steps(tmp_path / "absent") == []
+    with RunCheckpoints(tmp_path, keep=2) as run:
         assert run.latest() is None
-        assert [run.save(i, state, {"step": i}) for i in range(1, 8)] == [False, True, False, True, False, True, False]
-        assert run.save(7, state, {"step": 7}, force=True)
-        assert not run.save(7, state, {"step": 7}, force=True)  # already there
+        assert [run.save(i, state, {"step": i}) for i in (2, 4, 6, 10)] == [True] * 4
+        assert not run.save(10, state, {"step": 10})  # already there
         run.wait()
-        assert run.steps() == [6, 7] and run.latest() == 7
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["6", "7"]
+        assert run.steps() == [6, 10] and run.latest() == 10
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "6"]
+    (tmp_path / "12").mkdir()  # not complete
+    assert complete_steps(tmp_path) == [6, 10]
+
+
+def test_part_of_a_state_is_restored_alone(tmp_path):
+    state = trained_state()
+    with RunCheckpoints(tmp_path, keep=1) as run:
+        run.save(3, state, {})
+        run.wait()
+        wanted = {"trainable": {"block": {"kernel": jax.ShapeDtypeStruct((16, 8), jnp.float32)}}}
+        restored, _ = run.restore(3, wanted, partial=True)
+        assert_same_bits(restored, {"trainable": {"block": {"kernel": state.trainable["block"]["kernel"]}}})
+        with pytest.raises(UserError, match="it lacks trainable.more"):
+            run.restore(3, {"trainable": {"more": wanted["trainable"]["block"]["kernel"]}}, partial=True)
 
 
 def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
     state = {"x": jnp.arange(400_000, dtype=jnp.float32)}
     before = np.array(state["x"])
     double = jax.jit(lambda s: jax.tree.map(lambda x: x * 2, s), donate_argnums=0)
-    with RunCheckpoints(tmp_path, keep=1, every=1) as run:
+    with RunCheckpoints(tmp_path, keep=1) as run:
         run.save(1, state, {})
         for _ in range(3):
             state = double(state)
@@ -99,7 +113,7 @@ def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
 @pytest.mark.parametrize("left_behind", ["writing", "deleting"])
 def test_a_half_written_step_is_never_taken(tmp_path, left_behind):
     state = trained_state(0)
-    with RunCheckpoints(tmp_path, keep=3, every=1) as run:
+    with RunCheckpoints(tmp_path, keep=3) as run:
         run.save(1, state, {})
         run.save(2, state, {})
     if left_behind == "writing":  # a save that was killed: the folder has not got its name yet
@@ -108,7 +122,7 @@ def test_a_half_written_step_is_never_taken(tmp_path, left_behind):
     else:  # killed while an old step was removed
         (tmp_path / "2" / "_CHECKPOINT_METADATA").unlink()
         shutil.rmtree(tmp_path / "2" / "state" / "d", ignore_errors=True)
-    with RunCheckpoints(tmp_path, keep=3, every=1) as run:
+    with RunCheckpoints(tmp_path, keep=3) as run:
         assert run.latest() == 1
         assert run.save(2, state, {"again": True})
         run.wait()
@@ -117,7 +131,7 @@ def test_a_half_written_step_is_never_taken(tmp_path, left_behind):
 
 def test_another_setup_is_refused_by_the_first_difference(tmp_path):
     state = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(4)}
-    with RunCheckpoints(tmp_path, keep=1, every=1) as run:
+    with RunCheckpoints(tmp_path, keep=1) as run:
         run.save(1, state, {})
         run.wait()
         for other, message in [({"a": jnp.zeros((2, 4)), "b": jnp.zeros(4)}, r"a is float32\[2, 3\] there, float32\[2, 4\] here"),
@@ -130,4 +144,4 @@ def test_another_setup_is_refused_by_the_first_difference(tmp_path):
         with pytest.raises(TypeError):
             run.save(2, state, {"x": object()})
     with pytest.raises(UserError, match="at least 1"):
-        RunCheckpoints(tmp_path, keep=0, every=1)
+        RunCheckpoints(tmp_path, keep=0)

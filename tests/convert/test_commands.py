@@ -16,6 +16,7 @@ from vino_jax.convert import configs, engine, parts
 from vino_jax.convert.io import open_source
 from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
+from vino_jax.nn.module import by_path
 from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import VinoConfig
 
@@ -256,7 +257,7 @@ def test_full_size_plans_both_ways():
     abstract, tables = Vino(config, Runtime()).abstract, parts.tables(config)
     counts, plans = {}, {}
     for part in parts.PARTS:
-        manifest = engine.export_manifest(tables[part], engine.flatten(abstract[part]), configs.kernels(config).get(part, ()))
+        manifest = engine.export_manifest(tables[part], by_path(abstract[part]), configs.kernels(config).get(part, ()))
         counts[part], plans[part] = len(manifest), engine.make_plan(tables[part], abstract[part], manifest)
     engine.check(plans)
     assert counts == {"mmdit": 1264, "connector": 5, "vae_connector": 5, "queries": 1, "vlm": 713, "vae": 248}  # the VLM's head is tied

@@ -112,6 +112,6 @@ def test_waiting_is_measured_and_a_closed_loader_stops(prompter):
 
 def test_the_table_and_the_rows_of_processes(prompter):
     with loader(prompter, Mixture({"t2i": 1.0}, {"long": 1.0})) as batches:
-        assert "picture" in batches.table() and [b.name for b in batches.buckets] == ["picture"]
+        assert "picture" in batches.table() and [a.bucket.name for a in batches.schedule.used] == ["picture"]
     with pytest.raises(UserError, match="bucket 'clip' has 4 rows, which do not divide by 8 processes"):
         loader(prompter, process_count=8)

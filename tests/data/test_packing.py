@@ -64,10 +64,11 @@ def test_the_time_line_is_the_buckets():
 def test_every_task_of_shapes_packs_to_its_bucket(prompter, task):
     frames = 1 if task.endswith("2i") or task == "ti2i_baseimg" else 5
     sample = shapes.sample(3, 1, task, frames, 64, 64)
-    bucket = BucketSpec(task, batch=2, frames=frames, height=64, width=64, prompt_tokens=224,
-                        patches=16 * len(sample.images) + 64 * (sample.video is not None), images=len(sample.images),
-                        image_height=64, image_width=64, video_frames=0 if sample.video is None else frames,
-                        video_height=64, video_width=64)
+    images, videos = len(sample.images), int(sample.video is not None)
+    image_side, video_side = 64 * bool(images), 64 * videos
+    bucket = BucketSpec(task, batch=2, frames=frames, height=64, width=64, prompt_tokens=224, patches=16 * images + 64 * videos,
+                        images=images, image_height=image_side, image_width=image_side, video_frames=frames * videos,
+                        video_height=video_side, video_width=video_side)
     rows = [pack_sample(sample, text, bucket, prompter, index=i) for i, text in enumerate(sample.texts.values())]
     batch = collate((rows * 2)[:2])
     assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(lambda x: (x.shape, x.dtype), bucket.spec())

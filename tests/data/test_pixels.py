@@ -53,9 +53,8 @@ def test_letterbox_centres_on_white():
 def test_sizes_of_the_field():
     limits = PixelLimits()
     assert limits.image_sizes(480, 832) == ((476, 840), (480, 832))
-    assert limits.image_grid(480, 832) == (1, 30, 52)
-    assert limits.video_grid(480, 832) == (4, 30, 52)
-    assert limits.video_grid(720, 1280) == (4, 36, 64)
+    assert limits.video_sizes(480, 832)[1] == (480, 832)
+    assert limits.video_sizes(720, 1280)[1] == (576, 1024)
     assert bounded_size(10, 10, 28, 0, 10**9) == (28, 28)
     with pytest.raises(UserError, match="aspect ratio above 200"):
         bounded_size(5, 1001, 28, 1, 10**9)
@@ -124,7 +123,7 @@ def test_limits_from_a_folder(tmp_path):
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match="no preprocessor_config.json"):
         PixelLimits.from_folder(tmp_path)
-    assert PixelLimits.from_folder(SMALL_VLM).image_grid(64, 64) == (1, 4, 4)
+    assert PixelLimits.from_folder(SMALL_VLM).image_sizes(64, 64)[1] == (64, 64)
 
 
 @needs_shared

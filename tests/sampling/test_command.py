@@ -1,5 +1,8 @@
 """launch.sample with a tiny random checkpoint: what it writes, what it keeps, how it ends."""
+import errno
 import json
+import os
+import re
 
 import jax
 import numpy as np
@@ -10,6 +13,7 @@ from configs import models
 from launch import cli, sample
 from tests.data.folders import SMALL_VLM
 from vino_jax.checkpoint import model as checkpoint
+from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
 from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import VinoConfig, build
@@ -82,6 +86,7 @@ def test_initial_noise_and_overwrite(workdir, tmp_path, capsys):
     (("--dtype", "float8"), "invalid choice: 'float8'"),
     (("--mesh", "date=2"), "unknown mesh axis 'date'"),
     (("--initial_noise", "nothing.npz"), "cannot read the initial noise nothing.npz"),
+    (("--initial_noise", "README.md"), "cannot read the initial noise README.md"),
     (("--tasks", "nothing.json"), "cannot read the task file nothing.json"),
     (("--checkpoint", "nothing"), "nothing is no model checkpoint"),
 ])
@@ -91,6 +96,47 @@ def test_wrong_flags_and_files_end_with_2_and_one_line(extra, words, workdir, tm
     told = capsys.readouterr()
     assert told.err.startswith("error: ") and told.err.count("\n") == 1 and words in told.err
     assert not (tmp_path / "out").exists()
+
+
+def damaged(path):
+    np.savez(path, a=np.zeros((1, 4, 1, 4, 6), np.float32))
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+NOISE = {
+    "an array": (lambda p: np.save(p.with_suffix(".npy"), np.zeros((1, 4, 1, 4, 6))) or p.with_suffix(".npy").rename(p), "is no .npz"),
+    "damaged": (damaged, "cannot read the initial noise"),
+    "empty": (lambda p: p.touch(), "cannot read the initial noise"),
+    "words": (lambda p: np.savez(p, a=np.full((1, 4, 1, 4, 6), "x")), "must be floating-point (1, C, T, H, W)"),
+    "flat": (lambda p: np.savez(p, a=np.zeros(9)), "is float64 of the shape (9,)"),
+}
+
+
+@pytest.mark.parametrize("kind", NOISE)
+def test_noise_of_a_wrong_kind(kind, tmp_path):
+    write, words = NOISE[kind]
+    write(tmp_path / "noise.npz")
+    with pytest.raises(UserError, match=re.escape(words)):
+        sample.read_noise(tmp_path / "noise.npz")
+
+
+def test_an_output_that_takes_nothing_is_told_before_the_model_is_loaded(workdir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "load_sampler", None)
+    (tmp_path / "tasks.json").write_text(json.dumps([{"index": 1, "task": "t2i", "caption": "x"}]))
+    assert run("--checkpoint", workdir, "--tasks", tmp_path / "tasks.json", "--output", tmp_path / "tasks.json") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: cannot write to the folder ") and told.count("\n") == 1
+
+
+def test_a_disk_that_fills_up_fails_its_tasks(workdir, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sample, "write_output", full)
+    (tmp_path / "tasks.json").write_text(json.dumps([{"index": 1, "task": "t2i", "caption": "x"}]))
+    assert run("--checkpoint", workdir, "--tasks", tmp_path / "tasks.json", "--output", tmp_path / "out", "--steps", 1) == 1
+    told = capsys.readouterr()
+    assert "task 1: cannot write to" in told.err and "No space left on device" in told.err and "0 written, 0 kept, 1 failed" in told.out
 
 
 def test_a_missing_flag_is_named(capsys):

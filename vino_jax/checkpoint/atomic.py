@@ -1,5 +1,6 @@
-"""Folders that are whole or absent: filled under another name, renamed at the end."""
+"""Files and folders that are whole or absent: filled under another name, renamed at the end."""
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,13 @@ from jax.experimental import multihost_utils
 from vino_jax.errors import UserError
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the former one or this one, never half of it."""
+    unfinished = path.with_name(path.name + ".incomplete")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
 def check_empty(directory: str | Path) -> None:
     """Raises UserError where `directory` exists and is not an empty folder."""
     directory = Path(directory)
@@ -18,14 +26,16 @@ def check_empty(directory: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(directory: str | Path) -> Iterator[Path]:
+def atomic_folder(directory: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill that becomes `directory` when the block ends well and is removed when it does not; on every host.
 
-    Raises UserError where `directory` already holds something or the disk does not take what is written.
+    replace: what `directory` held before is removed, once the new folder is whole. Raises UserError where `directory` already holds
+    something that is not to be replaced, or the disk does not take what is written.
     """
-    check_empty(directory)
+    if not replace:
+        check_empty(directory)
     directory = Path(directory).absolute()
-    folder = directory.with_name(directory.name + ".incomplete")
+    folder, former = (directory.with_name(directory.name + ending) for ending in (".incomplete", ".former"))
     first = jax.process_index() == 0
     try:
         if first:
@@ -35,9 +45,11 @@ def atomic_folder(directory: str | Path) -> Iterator[Path]:
         yield folder
         _barrier("written")
         if first:
+            shutil.rmtree(former, ignore_errors=True)
             if directory.exists():
-                directory.rmdir()
+                directory.rename(former)  # a folder that holds something cannot be renamed over
             folder.rename(directory)
+            shutil.rmtree(former, ignore_errors=True)
         _barrier("renamed")
     except BaseException as error:
         if first:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,24 +59,26 @@ class ModelInfo:
     config: VinoConfig
     parts: dict[str, PartInfo]
     sampling: dict[str, Any] = field(default_factory=dict)  # defaults of sampling that are this model's own
+    trained: dict[str, int] = field(default_factory=dict)  # steps by stage of the training run that wrote it
 
 
 def save(directory: str | Path, parts: Mapping[str, Params | Leaves], config: VinoConfig,
          info: Mapping[str, Mapping[str, str]] | None = None,
          processor_files: Iterable[str | Path] = (), left_out: Mapping[str, Mapping[str, np.ndarray]] | None = None,
-         sampling: Mapping[str, Any] | None = None) -> None:
+         sampling: Mapping[str, Any] | None = None, *, trained: Mapping[str, int] | None = None, replace: bool = False) -> None:
     """Write a model checkpoint.
 
     parts: name -> nested dict of arrays (numpy, or jax arrays under any sharding), or an iterable of (slash-joined path, array),
     which is consumed a group at a time. info: name -> {"source", "sha256"}. left_out: name -> torch name -> array; may be filled
-    while the iterables run. sampling: JSON values for ModelInfo.sampling. On several hosts call it on every one, with the same parts.
-    Raises UserError where `directory` already holds something or cannot be written.
+    while the iterables run. sampling, trained: JSON values for ModelInfo. replace: what `directory` held before is removed at the end.
+    On several hosts call it on every one, with the same parts. Raises UserError where `directory` already holds something that is not
+    to be replaced, or cannot be written.
     """
     directory = Path(directory).absolute()
     if not parts:
         raise UserError(f"nothing to write to {directory}: no part was given")
     info = info or {}
-    with atomic_folder(directory) as folder:
+    with atomic_folder(directory, replace=replace) as folder:
         described = {}
         for name, tree in parts.items():
             leaves = _write_part(folder / "arrays" / name, _leaves(tree) if isinstance(tree, Mapping) else tree)
@@ -84,7 +86,7 @@ def save(directory: str | Path, parts: Mapping[str, Params | Leaves], config: Vi
             count = sum(math.prod(leaf.shape) for leaf in leaves.values())
             described[name] = PartInfo(source.get("source", ""), source.get("sha256", ""), count, _dtype(leaves), leaves)
         if jax.process_index() == 0:
-            _write_rest(folder, ModelInfo(config, described, dict(sampling or {})), processor_files, left_out or {})
+            _write_rest(folder, ModelInfo(config, described, dict(sampling or {}), dict(trained or {})), processor_files, left_out or {})
 
 
 def read_info(directory: str | Path) -> ModelInfo:
@@ -106,15 +108,16 @@ def read_info(directory: str | Path) -> ModelInfo:
             parts[name] = PartInfo(**part, leaves=leaves)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
-    return ModelInfo(config, parts, data.get("sampling", {}))
+    return ModelInfo(config, parts, data.get("sampling", {}), data.get("trained", {}))
 
 
-def restore(directory: str | Path, abstract: Mapping[str, Params], config: VinoConfig | None = None) -> dict[str, Params]:
+def restore(directory: str | Path, abstract: Mapping[str, Params], config: VinoConfig | None = None, *,
+            skip: Container[str] = ()) -> dict[str, Params]:
     """The parts named in `abstract` ({part: nested dict of ShapeDtypeStructs}), each array read straight onto the sharding of
     its struct (the default device where it has none) in the dtype of its struct.
 
-    config: where given, the checkpoint must have been written for it. Raises UserError, before arrays are read, that names the
-    missing parts, or the first field or array that differs.
+    config: where given, the checkpoint must have been written for it. skip: paths (part/...) that are not read and absent from the
+    result. Raises UserError, before arrays are read, that names the missing parts, or the first field or array that differs.
     """
     directory, info = Path(directory).absolute(), read_info(directory)
     if config is not None:
@@ -125,7 +128,8 @@ def restore(directory: str | Path, abstract: Mapping[str, Params], config: VinoC
     wanted = {name: dict(_leaves(tree)) for name, tree in abstract.items()}
     for name, leaves in wanted.items():
         _check_leaves(directory, name, info.parts[name].leaves, leaves)
-    return {name: nested(_read_part(directory / "arrays" / name, info.parts[name].leaves, leaves)) for name, leaves in wanted.items()}
+    read = {name: {path: leaf for path, leaf in leaves.items() if f"{name}/{path}" not in skip} for name, leaves in wanted.items()}
+    return {name: nested(_read_part(directory / "arrays" / name, info.parts[name].leaves, leaves)) for name, leaves in read.items()}
 
 
 def iter_arrays(directory: str | Path, part: str, info: ModelInfo) -> Iterator[tuple[str, np.ndarray]]:
@@ -236,7 +240,7 @@ def _write_rest(folder: Path, info: ModelInfo, processor_files: Iterable[str | P
     for file in processor_files:
         (folder / "processor").mkdir(exist_ok=True)
         shutil.copyfile(file, folder / "processor" / Path(file).name)
-    data = {"format": FORMAT, "config": dataclasses.asdict(info.config), "sampling": info.sampling, "parts": {}}
+    data = {"format": FORMAT, "config": dataclasses.asdict(info.config), "sampling": info.sampling, "trained": info.trained, "parts": {}}
     for name, part in info.parts.items():
         leaves = {path: [list(leaf.shape), leaf.dtype, leaf.group] for path, leaf in part.leaves.items()}
         data["parts"][name] = {**dataclasses.asdict(part), "leaves": leaves}

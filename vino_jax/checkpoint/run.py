@@ -16,19 +16,23 @@ from orbax.checkpoint import v1 as ocp
 from vino_jax.errors import UserError
 
 _STATE = "state"
-_SAVE, _KEEP = ocp.training.save_decision_policies, ocp.training.preservation_policies
+_DONE = "_CHECKPOINT_METADATA"  # the file that a complete step holds
+
+
+def complete_steps(directory: str | Path) -> list[int]:
+    """All complete steps of a run's checkpoints, oldest first, without opening them; none where there is no such directory."""
+    return sorted(int(file.parent.name) for file in Path(directory).glob(f"*/{_DONE}") if file.parent.name.isdigit())
 
 
 class RunCheckpoints:
     """The step checkpoints of one run, for the run that writes them: on opening, what a killed save left behind is removed.
 
-    keep: how many of the last steps stay on disk. every: a step is saved when it is a multiple of this, or when the
-    machines are about to be preempted (noticed where jax.distributed is initialised), or when told to.
+    keep: how many of the last steps stay on disk. When to save is the caller's to say.
     """
 
-    def __init__(self, directory: str | Path, keep: int, every: int):
-        if keep < 1 or every < 1:
-            raise UserError(f"checkpoints: keep ({keep}) and every ({every}) must be at least 1")
+    def __init__(self, directory: str | Path, keep: int):
+        if keep < 1:
+            raise UserError(f"checkpoints: keep ({keep}) must be at least 1")
         self.directory = Path(directory).absolute()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -40,21 +44,18 @@ class RunCheckpoints:
         self._steps = ocp.training.Checkpointer(
             self.directory,
             context=context,
-            save_decision_policy=_SAVE.AnySavePolicy([_SAVE.FixedIntervalPolicy(every), _SAVE.PreemptionCheckpointingPolicy()]),
-            preservation_policy=_KEEP.LatestN(keep),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
 
-    def save(self, step: int, state: Any, meta: Mapping[str, Any], *, force: bool = False) -> bool:
-        """Start saving `state` (tree of jax arrays) as `step` where one is due; call it after every step on every host.
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> bool:
+        """Start saving `state` (tree of jax arrays) as `step`, on every host; nothing where that step or a later one is there.
 
         Returns whether a save was started. The arrays may be donated as soon as this returns. meta: JSON values.
         An error of the save before comes out here, in wait() or in close().
         """
         newest = self.latest()
         if newest is not None and step <= newest:
-            return False
-        if not (force or self._steps.should_save(step)):
             return False
         meta = json.loads(json.dumps(dict(meta)))  # refuse what is no JSON now, not in the background
         self._steps.save_checkpointables_async(step, {_STATE: _filled(_flat(state))}, force=True, custom_metadata={"meta": meta})
@@ -74,17 +75,19 @@ class RunCheckpoints:
         self._check(step)
         return self._steps.metadata(step).custom_metadata["meta"]
 
-    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+    def restore(self, step: int, abstract: Any, *, partial: bool = False) -> tuple[Any, dict[str, Any]]:
         """(state, meta) of `step`; the state has the structure of `abstract`, a tree of ShapeDtypeStructs whose shardings say
         where each array goes (the default device where there is none).
 
-        Raises UserError where the step is absent or its arrays are not those of `abstract`, naming the first difference.
+        partial: `abstract` is part of the state; the other arrays are not read. Raises UserError where the step is absent or its
+        arrays are not those of `abstract`, naming the first difference.
         """
         self._check(step)
         wanted = _flat(abstract)
         stored = self._steps.checkpointables_metadata(step).metadata[_STATE]
-        self._compare(step, _filled(wanted), stored)
-        targets = {path: _target(leaf) for path, leaf in _filled(wanted).items()}
+        rest = [path for path in stored if partial and path not in wanted]
+        self._compare(step, _filled(wanted), {path: leaf for path, leaf in stored.items() if path not in rest})
+        targets = {path: _target(leaf) for path, leaf in _filled(wanted).items()} | dict.fromkeys(rest, ocp.PLACEHOLDER)
         arrays = self._steps.load_checkpointables(step, {_STATE: targets})[_STATE] if targets else {}
         leaves = [arrays[path] if path in arrays else jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves), self.meta(step)
@@ -107,7 +110,7 @@ class RunCheckpoints:
         """Steps that were cut off while they were deleted; Orbax itself removes those cut off while they were written."""
         if jax.process_index() == 0:
             for folder in self.directory.iterdir():
-                if folder.name.isdigit() and not (folder / "_CHECKPOINT_METADATA").exists():
+                if folder.name.isdigit() and not (folder / _DONE).exists():
                     shutil.rmtree(folder, ignore_errors=True)
 
     def _check(self, step: int) -> None:

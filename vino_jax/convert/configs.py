@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from vino_jax.convert.engine import Manifest
-from vino_jax.convert.io import read_json
 from vino_jax.errors import UserError
-from vino_jax.settings import MMDiTConfig, VAEConfig, VinoConfig, VLMConfig, VLMTextConfig, VLMVisionConfig
+from vino_jax.settings import MMDiTConfig, VAEConfig, VinoConfig, VLMConfig, VLMTextConfig, VLMVisionConfig, read_json
 
 MMDIT_CLASS, VAE_CLASS, VLM_TYPE = "HunyuanVideoTransformer3DModel", "AutoencoderKLHunyuanVideo", "qwen3_vl"
 

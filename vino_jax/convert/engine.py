@@ -14,6 +14,7 @@ import numpy as np
 from vino_jax.convert.ops import PATCH, Op
 from vino_jax.convert.rules import Table
 from vino_jax.errors import UserError
+from vino_jax.nn.module import by_path
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 Manifest = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # PyTorch name -> (shape, dtype)
@@ -58,7 +59,7 @@ def make_plan(table: Table, abstract: Mapping[str, Any], manifest: Manifest, dty
 
     dtype: of all leaves; by default each keeps that of its tensors. Nothing is raised here: see `check`.
     """
-    leaves, problems, entries = flatten(abstract), [], []
+    leaves, problems, entries = by_path(abstract), [], []
     used: dict[str, str] = {}  # PyTorch name -> our path
     for rule, path, names in _rules(table, leaves, problems):
         for name in names:
@@ -138,14 +139,6 @@ def export_tensors(plan: Plan, leaves: Iterable[tuple[str, np.ndarray]]) -> Iter
     entries = {entry.path: entry for entry in plan.entries}
     for path, leaf in leaves:
         yield from export_leaf(entries[path], leaf)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dict -> {slash-joined path: leaf}."""
-    flat = {}
-    for name, value in tree.items():
-        flat.update(flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
-    return flat
 
 
 def _rules(table: Table, leaves: Mapping[str, Any], problems: list[str]) -> Iterator[tuple[Any, str, tuple[str, ...]]]:

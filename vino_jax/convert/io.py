@@ -15,6 +15,7 @@ import numpy as np
 
 from vino_jax.convert.engine import Manifest
 from vino_jax.errors import UserError
+from vino_jax.settings import read_json
 
 SHARD_BYTES = 5 * 10**9  # as huggingface_hub cuts
 # Names of the format -> numpy; what is not here is refused by name.
@@ -71,19 +72,6 @@ def open_source(path: str | Path) -> TensorSource:
 def has_safetensors(folder: Path) -> bool:
     """Whether the folder holds weights that open_source reads."""
     return any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises UserError where there is none."""
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is no JSON object")
-    return data
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vino_jax.convert import configs
-from vino_jax.convert.io import TensorSource, has_safetensors, open_source, read_json
+from vino_jax.convert.io import TensorSource, has_safetensors, open_source
 from vino_jax.convert.rules import Table
 from vino_jax.convert.tables.mmdit import MMDIT
 from vino_jax.convert.tables.qwen_vl import TABLE as QWEN_VL
 from vino_jax.convert.tables.vae import table as vae_table
 from vino_jax.convert.tables.vino import CONNECTOR, QUERIES, VAE_CONNECTOR
 from vino_jax.errors import UserError
-from vino_jax.settings import VinoConfig
+from vino_jax.settings import VinoConfig, read_json
 
 PARTS = ("mmdit", "connector", "vae_connector", "queries", "vlm", "vae")
 # What stands before a part's names in vino.ckpt; the VAE is not in it.
@@ -81,8 +81,13 @@ def find(given: Given, queries: int) -> Found:
             sources[part] = open_source(folder)
     if not sources:
         raise UserError("nothing to convert: give at least one of --vino, --mmdit, --vae, --vlm")
-    files = [file for pattern in _PROCESSOR for file in sorted(vlm.glob(pattern))] if vlm else []
-    return Found(config, {part: sources[part] for part in PARTS if part in sources}, tuple(files), tuple(notes))
+    files = processor_files(vlm) if vlm else ()
+    return Found(config, {part: sources[part] for part in PARTS if part in sources}, files, tuple(notes))
+
+
+def processor_files(folder: Path) -> tuple[Path, ...]:
+    """Those files of a Qwen3-VL folder that are its tokenizer and processor."""
+    return tuple(file for pattern in _PROCESSOR for file in sorted(folder.glob(pattern)) if file.is_file())
 
 
 def classify(paths: list[Path]) -> Given:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from vino_jax.errors import UserError
 from vino_jax.evaluation.chart import Line, legend, line_chart, smooth
+from vino_jax.settings import read_json
 
 LABELS = {"trained": "trained", "base": "untrained base", "no_stage1": "stage 1 skipped"}
 COLOURS = ("#1f6feb", "#d9822b", "#8250df", "#1a7f37")
@@ -82,14 +83,6 @@ def write_report(path: Path, *, title: str, lead: str, facts: Mapping[str, str],
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page)
     return path
-
-
-def read_json(path: Path) -> Any:
-    """Raises UserError where the file is missing or no JSON."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; launch.train and launch.evaluate write what the report needs") from None
 
 
 def read_metrics(workdir: Path) -> dict[str, list[dict[str, Any]]]:

@@ -25,7 +25,7 @@ def _xla(q_BNLH, k_BNSH, v_BNSH, mask_BNLS, scale):
 def _xla_chunked(q, k, v, mask, scale):
     length = q.shape[2]
     chunks = -(-math.prod(q.shape[:3]) * k.shape[2] // _MAX_SCORES)
-    if chunks == 1:
+    if chunks <= 1:  # 0 where there is nothing to attend
         return _xla(q, k, v, mask, scale)
     size = -(-length // chunks)
 

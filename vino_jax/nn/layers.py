@@ -26,9 +26,9 @@ def _ones(key, shape, dtype):
 class Linear(nnx.Module):
     """y = x W + b with W (inputs, outputs), in the dtype of x. axes: logical names of the two dims of W; W starts N(0, gain^2/inputs)."""
 
-    def __init__(self, inputs: int, outputs: int, axes: tuple[str | None, str | None], *, bias: bool = True, zero: bool = False,
-                 gain: float = 1.0, rngs: nnx.Rngs):
-        self.kernel = param(rngs, (inputs, outputs), axes, _zeros if zero else lambda k, s, d: gain * _fan_in(k, s, d))
+    def __init__(self, inputs: int, outputs: int, axes: tuple[str | None, str | None], *, bias: bool = True, gain: float = 1.0,
+                 rngs: nnx.Rngs):
+        self.kernel = param(rngs, (inputs, outputs), axes, lambda k, s, d: gain * _fan_in(k, s, d))
         self.bias = param(rngs, (outputs,), axes[1:], _zeros) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -39,8 +39,8 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last dim, computed in float32, returned in the dtype of x."""
 
-    def __init__(self, width: int, *, eps: float = 1e-6, axis: str | None = None, rngs: nnx.Rngs):
-        self.scale = param(rngs, (width,), (axis,), _ones)
+    def __init__(self, width: int, *, eps: float = 1e-6, rngs: nnx.Rngs):
+        self.scale = param(rngs, (width,), (None,), _ones)
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 NNX builds, pure trees run: modules declare parameters here; outside of a module's own methods parameters are plain nested
 dicts of arrays (`Params`), so that jit, optimizer, checkpoint and conversion never see a framework type.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,14 @@ from flax import nnx
 
 Params = dict[str, Any]
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+
+def by_path(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{slash-joined path: leaf} of a nested dict, in the order of jax.tree.leaves; a leaf is whatever is no mapping."""
+    flat: dict[str, Any] = {}
+    for key in sorted(tree):
+        flat |= by_path(tree[key], f"{prefix}{key}/") if isinstance(tree[key], Mapping) else {prefix + key: tree[key]}
+    return flat
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer) -> nnx.Param:

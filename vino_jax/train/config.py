@@ -3,10 +3,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vino_jax.batch import BucketSpec
+from vino_jax.batch import BucketSpec, check_sampled
 from vino_jax.errors import UserError
 from vino_jax.nn.runtime import Runtime
-from vino_jax.settings import build, nearest
+from vino_jax.settings import SamplingConfig, build, nearest
 from vino_jax.train.stage import StageConfig
 
 
@@ -84,16 +84,27 @@ class RunConfig:
 def run_config(values: Mapping[str, Any]) -> RunConfig:
     """RunConfig from plain nested dicts; buckets and stages take their names from their keys.
 
-    Raises UserError for an unknown or missing key, and for a stage that names a bucket that is not there.
+    Raises UserError for an unknown or missing key, a value that would fail only later in the run, and a stage that names a bucket
+    that is not there.
     """
     values = dict(values)
     for table in ("buckets", "stages"):
         if not isinstance(values.get(table), Mapping):
             raise UserError(f"config key {table!r} is missing")
-        values[table] = {name: {**entry, "name": name} for name, entry in sorted(values[table].items())}
+        values[table] = {name: _named(entry, table, name) for name, entry in sorted(values[table].items())}
     config = build(RunConfig, values)
     for stage in config.stages.values():
         for name in stage.buckets:
             if name not in config.buckets:
                 raise UserError(f"stage {stage.name!r} uses unknown bucket {name!r}{nearest(name, config.buckets)}")
+    sampling = build(SamplingConfig, config.sampling, "sampling.")
+    for picture in (True, False):
+        check_sampled(sampling.num_frames, *sampling.size(picture), "config table 'sampling': ")
     return config
+
+
+def _named(entry: Any, table: str, name: str) -> dict[str, Any]:
+    """An entry of a table with its key as its name."""
+    if not isinstance(entry, Mapping):
+        raise UserError(f"config key '{table}.{name}' must be a table, not {entry!r}")
+    return {**entry, "name": name}

@@ -1,20 +1,25 @@
-"""The parameters that a run starts from: parts of a model checkpoint, straight onto the mesh, and fresh ones for the rest."""
+"""The parameters that a run starts from: parts of a model checkpoint, straight onto the mesh, fresh ones for the rest, and of a run
+that goes on what its finished stages left."""
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from vino_jax.checkpoint import model as model_checkpoint
+from vino_jax.checkpoint.run import RunCheckpoints
 from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
-from vino_jax.nn.module import Params
+from vino_jax.nn.module import Params, by_path
 from vino_jax.settings import VinoConfig, build
 from vino_jax.sharding.resolve import shardings
-from vino_jax.train.stage import StageConfig, rates
+from vino_jax.train.stage import StageConfig, merge, rates, split
+
+_FRESH = np.uint32(2**32 - 1)  # folded into the seed's key for fresh parameters; its folds by step, which none reaches, are stage 1's
 
 
 def resolve_model(directory: str | Path, given: Mapping[str, Any]) -> VinoConfig:
@@ -34,27 +39,58 @@ def _overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     return {**base, **{k: _overlay(base[k], v) if isinstance(v, Mapping) and isinstance(base.get(k), Mapping) else v for k, v in over.items()}}
 
 
+def trained_parts(vino: Vino, stages: list[StageConfig]) -> set[str]:
+    """Parts of which some stage trains something."""
+    return {path.split("/")[0] for path in held_paths(vino, stages)}
+
+
+def param_structs(vino: Vino, stages: list[StageConfig], mesh: Mesh, rules: dict) -> Params:
+    """ShapeDtypeStructs of all parameters, sharded: float32 in parts that some stage trains, else in the compute dtype."""
+    trained, placed = trained_parts(vino, stages), shardings(vino.abstract, vino.axes, mesh, rules)
+
+    def structs(name: str) -> Params:
+        dtype = jnp.dtype(jnp.float32) if name in trained else vino.runtime.compute_dtype
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), vino.abstract[name], placed[name])
+
+    return {name: structs(name) for name in vino.parts}
+
+
 def initial_params(vino: Vino, directory: str | Path, stages: list[StageConfig], mesh: Mesh, rules: dict, seed: int,
-                   require: tuple[str, ...]) -> Params:
-    """All parameters, sharded: float32 in parts that some stage trains, else in the compute dtype.
+                   require: tuple[str, ...], *, skip: Container[str] = ()) -> Params:
+    """All parameters as `param_structs` says, but float32 where they are fresh; without those at the paths of `skip`.
 
     Raises UserError where the checkpoint lacks a part of `require`.
     """
-    trained = {path.split("/")[0] for stage in stages for path, rate in rates(stage, vino.abstract).items() if rate}
     info = model_checkpoint.read_info(directory)
     missing = [name for name in require if name not in info.parts]
     if missing:
         raise UserError(f"{directory} has no {', '.join(missing)}, which config key 'init.require' asks for")
-    held = [name for name in vino.parts if name in info.parts]
-    fresh = [name for name in vino.parts if name not in info.parts]
-    placed = shardings(vino.abstract, vino.axes, mesh, rules)
+    structs = param_structs(vino, stages, mesh, rules)
+    params = model_checkpoint.restore(directory, {name: structs[name] for name in vino.parts if name in info.parts}, skip=skip)
+    fresh = tuple(name for name in vino.parts if name not in info.parts)
 
-    wanted = {}
-    for name in held:
-        dtype = jnp.dtype(jnp.float32) if name in trained else vino.runtime.compute_dtype
-        wanted[name] = jax.tree.map(lambda x, s, d=dtype: jax.ShapeDtypeStruct(x.shape, d, sharding=s), vino.abstract[name], placed[name])
-    params = model_checkpoint.restore(directory, wanted)
-    if fresh:
-        init = jax.jit(lambda key: vino.init(key, tuple(fresh)), out_shardings={name: placed[name] for name in fresh})
-        params |= init(jax.random.key(seed))
-    return {name: params[name] for name in vino.parts}
+    def kept(tree: Params) -> Params:
+        return split(tree, {path: path in skip for path in by_path(tree)})[1]
+
+    placed = kept({name: jax.tree.map(lambda struct: struct.sharding, structs[name]) for name in fresh})
+    if placed:
+        params |= jax.jit(lambda key: kept(vino.init(key, fresh)), out_shardings=placed)(jax.random.fold_in(jax.random.key(seed), _FRESH))
+    return {name: params[name] for name in vino.parts if name in params}
+
+
+def held_paths(vino: Vino, stages: list[StageConfig]) -> dict[str, str]:
+    """{path of a parameter: name of the last of `stages` that trains it}; those that none trains are absent."""
+    return {path: stage.name for stage in stages for path, rate in rates(stage, vino.abstract).items() if rate}
+
+
+def finished_params(params: Params, structs: Params, held: Mapping[str, str], checkpoints: Mapping[str, RunCheckpoints]) -> Params:
+    """`params`, and from the checkpoints of finished stages the paths that `held` gives to them. structs: see `param_structs`."""
+    wanted: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for path, struct in by_path(structs).items():
+        if held.get(path) in checkpoints:
+            wanted.setdefault(held[path], {})[path] = struct
+    for name, leaves in wanted.items():
+        abstract = {"trainable": model_checkpoint.nested(leaves)}
+        state, _ = checkpoints[name].restore(checkpoints[name].latest(), abstract, partial=True)
+        params = merge(params, state["trainable"])
+    return params

@@ -1,6 +1,7 @@
 """Metrics of a run as JSONL and TensorBoard, and a progress bar."""
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,41 +9,46 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from vino_jax.batch import TASKS
+from vino_jax.checkpoint.atomic import write_text
 from vino_jax.train.step import TIME_BINS
 
 
 class MetricWriter:
-    """Appends one JSON object a record to DIR/metrics.jsonl and the same numbers to TensorBoard files in DIR/tensorboard.
+    """Appends one JSON object a record to DIR/metrics.jsonl and the same numbers to TensorBoard files in DIR/tensorboard, there by the
+    steps of the whole run.
 
-    A resumed run goes on in the same file; records of steps after the resumed one are dropped, so that no step stands twice.
+    steps: of the stages in their order. resume_at: steps done by stage; of what a former run wrote, records of later steps are dropped,
+    so that no step stands twice.
     """
 
-    def __init__(self, directory: pathlib.Path, *, resume_at: dict[str, int] | None = None):
+    def __init__(self, directory: pathlib.Path, steps: Mapping[str, int], *, resume_at: Mapping[str, int]):
         directory.mkdir(parents=True, exist_ok=True)
+        self._before = {name: sum(list(steps.values())[:i]) for i, name in enumerate(steps)}
         self._path = directory / "metrics.jsonl"
-        if resume_at and self._path.exists():
+        if self._path.exists():
             self._drop_after(resume_at)
         self._file = self._path.open("a")
-        self._board = SummaryWriter(str(directory / "tensorboard"))
+        done = max((self._before[name] + step for name, step in resume_at.items() if step), default=-1)
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
 
-    def _drop_after(self, resume_at: dict[str, int]) -> None:
+    def _drop_after(self, resume_at: Mapping[str, int]) -> None:
         lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]  # a kill may have cut the last line
         records = [json.loads(line) for line in lines]
         kept = [r for r in records if r["stage"] not in resume_at or r["step"] <= resume_at[r["stage"]]]
-        self._path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        write_text(self._path, "".join(json.dumps(r) + "\n" for r in kept))
 
-    def write(self, stage: str, step: int, total_step: int, values: dict[str, Any]) -> None:
-        """values: floats, or None for what was not seen since the last record."""
-        record = {"stage": stage, "step": step, "total_step": total_step, **values}
-        self._file.write(json.dumps(record) + "\n")
+    def write(self, stage: str, step: int, values: dict[str, Any]) -> None:
+        """step: of the stage. values: floats, or None for what was not seen since the last record."""
+        total = self._before[stage] + step
+        self._file.write(json.dumps({"stage": stage, "step": step, "total_step": total, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             if isinstance(value, (int, float)):
-                self._board.add_scalar(f"{stage}/{name}", value, step)
+                self._board.add_scalar(f"{stage}/{name}", value, total)
 
     def picture(self, stage: str, step: int, name: str, picture_HWC: np.ndarray) -> None:
         """uint8 picture into TensorBoard."""
-        self._board.add_image(f"{stage}/{name}", picture_HWC, step, dataformats="HWC")
+        self._board.add_image(f"{stage}/{name}", picture_HWC, self._before[stage] + step, dataformats="HWC")
 
     def close(self) -> None:
         self._file.close()

@@ -1,7 +1,9 @@
 """The loop of one stage: place, compile, step, log, preview, save, and stop cleanly."""
+import contextlib
+import math
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +42,7 @@ class StagePlan:
 
     vino: Vino
     stage: StageConfig
-    buckets: tuple[BucketSpec, ...]
+    buckets: tuple[BucketSpec, ...]  # those that the stage draws
     mesh: Mesh
     rules: dict
     seed: int
@@ -54,8 +56,6 @@ class StagePlan:
         placed = jax.tree.map(lambda x: x.sharding, state)
         programs = {}
         for bucket in self.buckets:
-            if bucket.batch % self.stage.accumulate:
-                raise UserError(f"bucket {bucket.name!r}: {bucket.batch} rows do not divide into {self.stage.accumulate} microbatches")
             start = time.perf_counter()
             batch = bucket.spec(moments)
             batch = with_shardings(batch, batch_shardings(batch, self.mesh, self.rules))
@@ -83,20 +83,36 @@ def make_encoder(vino: Vino, mesh: Mesh, rules: dict) -> Callable[[Params, Batch
 
 
 def start_state(plan: StagePlan, params: Params, checkpoints: RunCheckpoints) -> tuple[TrainState, Params, Any]:
-    """The state to go on from (the last complete checkpoint, else `params`), the frozen rest, and the optimizer."""
-    rates = stages.rates(plan.stage, params)
-    params = jax.device_put(params, shardings(params, plan.vino.axes_of(params), plan.mesh, plan.rules))
+    """The state to go on from (the last complete checkpoint, else `params`), the frozen rest, and the optimizer.
+
+    params: where there is a checkpoint, what the stage trains may be absent: it would lie in memory beside what is restored.
+    """
+    vino = plan.vino
+    rates = stages.rates(plan.stage, vino.abstract)
+    trainable_shardings, frozen_shardings = stages.split(shardings(vino.abstract, vino.axes, plan.mesh, plan.rules), rates)
     trainable, frozen = stages.split(params, rates)
-    trainable_shardings = jax.tree.map(lambda x: x.sharding, trainable)
+    frozen = jax.device_put(frozen, frozen_shardings)
     tx = optimizer(plan.stage, rates)
     rng = jax.random.key_data(jax.random.key(plan.seed))
     make = lambda p: new_state(p, tx, rng, ema=plan.stage.ema > 0)  # noqa: E731
-    abstract = jax.eval_shape(make, trainable)
+    abstract = jax.eval_shape(make, stages.split(vino.abstract, rates)[0])
     placed = state_shardings(abstract, trainable_shardings, tx, plan.mesh)
     if checkpoints.latest() is None:
+        trainable = jax.device_put(trainable, trainable_shardings)
         return jax.jit(make, out_shardings=placed, donate_argnums=0)(trainable), frozen, tx
     state, _ = checkpoints.restore(checkpoints.latest(), with_shardings(abstract, placed))
     return state, frozen, tx
+
+
+def check_batches(stage: StageConfig, buckets: Iterable[BucketSpec], mesh: Mesh, rules: dict) -> None:
+    """Raises UserError for a bucket whose rows do not divide into the stage's microbatches over the data shards of the mesh."""
+    sizes = {axis: mesh.shape[axis] for axis in rules["batch"]}
+    shards = math.prod(sizes.values())
+    for bucket in buckets:
+        if bucket.batch % (stage.accumulate * shards):
+            raise UserError(f"stage {stage.name!r}: the {bucket.batch} rows of bucket {bucket.name!r} do not divide by {stage.accumulate} "
+                            f"microbatches x {shards} data shards ({', '.join(f'{axis}={n}' for axis, n in sizes.items())}); change the "
+                            f"bucket's batch, the stage's accumulate or the mesh")
 
 
 def place_batch(batch: Batch, mesh: Mesh, rules: dict) -> Batch:
@@ -120,13 +136,67 @@ class _Stop:
         signal.signal(signal.SIGTERM, self._former)
 
 
+class Meter:
+    """Losses, rows, tokens and seconds between two log records.
+
+    A step's metrics are read when the next step has been started, so that the device never waits for the host.
+    """
+
+    def __init__(self, stage: StageConfig, loader: Any, checkpoints: RunCheckpoints):
+        self._stage, self._loader, self._checkpoints = stage, loader, checkpoints
+        self._gathered, self._pending, self._rate = Accumulator(), None, learning_rate(stage)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._start, self._rows, self._tokens, self._waited = time.perf_counter(), 0, 0, self._loader.waited
+
+    def started(self, at: int, bucket: BucketSpec, samples: list[int], metrics: dict[str, jax.Array]) -> None:
+        """Step `at` (from 0) is on the device."""
+        self.settle()
+        self._pending = (at, bucket.name, samples, metrics)
+        self._rows += bucket.batch
+        self._tokens += bucket.batch * (bucket.target_tokens + bucket.reference_tokens + bucket.prompt_tokens)
+
+    def settle(self) -> None:
+        """Read what is not read yet. Raises UserError for a loss or gradient that is not finite, naming step and batch."""
+        if self._pending is None:
+            return
+        (at, bucket, samples, metrics), self._pending = self._pending, None
+        metrics = jax.device_get(metrics)
+        if not metrics.pop("finite"):
+            self._checkpoints.wait()
+            raise UserError(f"stage {self._stage.name!r} step {at}: loss {float(metrics['loss'])} or gradient norm "
+                            f"{float(metrics['gradient_norm'])} is not finite; bucket {bucket!r}, samples {samples}; "
+                            f"the last good checkpoint is step {self._checkpoints.latest()}")
+        self._gathered.add(metrics)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What takes time in this block is no training: its seconds do not count."""
+        self.settle()
+        before = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - before
+
+    def take(self, step: int) -> dict[str, float | None]:
+        """The record after `step` steps; `tokens` and `seconds` are those since the record before."""
+        self.settle()
+        seconds = time.perf_counter() - self._start
+        values = {**self._gathered.take(), "learning_rate": float(self._rate(step - 1)), "samples_a_second": self._rows / seconds,
+                  "tokens_a_second": self._tokens / seconds, "tokens": self._tokens, "seconds": seconds,
+                  "data_wait_share": (self._loader.waited - self._waited) / seconds}
+        self._begin()
+        return values
+
+
 def run_stage(plan: StagePlan, params: Params, loader: Callable[[int], Iterable], checkpoints: RunCheckpoints, writer: MetricWriter,
-              log: LogConfig, *, total_before: int = 0, preview: Callable[[Params, str, int], None] | None = None,
-              quiet: bool = False, say: Callable[[str], None] = print) -> tuple[Params, Params]:
+              log: LogConfig, *, preview: Callable[[Params, str, int], None] | None = None, quiet: bool = False,
+              say: Callable[[str], None] = print) -> tuple[Params, Params]:
     """Train one stage to its end, going on from its last checkpoint; all parameters, and the same with averages where kept.
 
-    loader(step) gives an iterable of (step, bucket name, Batch of this process's rows) with `waited` (seconds) and close().
-    preview(params, stage name, step) draws samples. Raises UserError when a loss or gradient is not finite, naming step and batch.
+    params: see `start_state`; they are donated. loader(step) gives an iterable of (step, bucket name, Batch of this process's rows) with
+    `waited` (seconds) and close(). preview(params, stage name, step) draws samples at the start, by log.preview_every and at the end.
+    Raises UserError when a loss or gradient is not finite, naming step and batch.
     """
     stage = plan.stage
     state, frozen, tx = start_state(plan, params, checkpoints)
@@ -135,63 +205,40 @@ def run_stage(plan: StagePlan, params: Params, loader: Callable[[int], Iterable]
     def whole(average: bool = False) -> Params:
         return stages.merge(frozen, state.ema if average and state.ema else state.trainable)
 
+    def due(every: int) -> bool:
+        return step == stage.steps or bool(every) and step % every == 0
+
     if step >= stage.steps:
         return whole(), whole(average=True)
     programs = plan.compiled_steps(tx, state, frozen, say)
-    rate = learning_rate(stage)
-    gathered, pending = Accumulator(), None
-
-    def settle():
-        """Read the metrics of the step before, one step late, so that the device never waits for the host."""
-        nonlocal pending
-        if pending is None:
-            return
-        at, bucket, samples, metrics = pending
-        pending = None
-        metrics = jax.device_get(metrics)
-        if not metrics.pop("finite"):
-            checkpoints.wait()
-            raise UserError(f"stage {stage.name!r} step {at}: loss {float(metrics['loss'])} or gradient norm "
-                            f"{float(metrics['gradient_norm'])} is not finite; bucket {bucket!r}, samples {samples}; "
-                            f"the last good checkpoint is step {checkpoints.latest()}")
-        gathered.add(metrics)
-
+    buckets = {bucket.name: bucket for bucket in plan.buckets}
     if step == 0 and preview:
         preview(whole(), stage.name, 0)
-    batches = loader(step)
-    clock, rows, tokens, waited = time.perf_counter(), 0, 0, 0.0
-    with _Stop() as stop, progress_bar(stage.steps, step, stage.name, quiet) as bar:
+    with contextlib.closing(loader(step)) as batches, _Stop() as stop, progress_bar(stage.steps, step, stage.name, quiet) as bar:
+        meter = Meter(stage, batches, checkpoints)
         for at, bucket, batch in batches:
-            spec = next(b for b in plan.buckets if b.name == bucket)
             samples = np.asarray(batch.sample).tolist()
             batch = plan.encode(frozen["vae"], place_batch(batch, plan.mesh, plan.rules))
             state, metrics = programs[bucket](state, frozen, batch)
-            settle()
-            step, pending = at + 1, (at, bucket, samples, metrics)
-            rows, tokens = rows + spec.batch, tokens + spec.batch * (spec.target_tokens + spec.reference_tokens + spec.prompt_tokens)
+            step = at + 1
+            meter.started(at, buckets[bucket], samples, metrics)
             bar.update()
-            if step % log.every == 0 or step == stage.steps:
-                settle()
-                seconds = time.perf_counter() - clock
-                values = {**gathered.take(), "learning_rate": float(rate(step - 1)), "samples_a_second": rows / seconds,
-                          "tokens_a_second": tokens / seconds, "tokens": tokens, "seconds": seconds,
-                          "data_wait_share": (batches.waited - waited) / seconds}
-                writer.write(stage.name, step, total_before + step, values)
+            stopping = stop.asked  # asked once a step: what comes later in it is the next step's
+            if due(log.every):
+                values = meter.take(step)
+                writer.write(stage.name, step, values)
                 bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-                clock, rows, tokens, waited = time.perf_counter(), 0, 0, batches.waited
-            last = step == stage.steps or stop.asked
-            if last or (log.checkpoint_every and step % log.checkpoint_every == 0):
-                settle()
-                checkpoints.save(step, state, {"stage": stage.name, "step": step, "seed": plan.seed}, force=True)
-            if preview and log.preview_every and (step % log.preview_every == 0 or step == stage.steps):
-                preview(whole(average=True), stage.name, step)
-                clock = time.perf_counter()
-            if stop.asked:
+            if stopping or due(log.checkpoint_every):
+                meter.settle()
+                checkpoints.save(step, state, {"stage": stage.name, "step": step, "seed": plan.seed})
+            if stopping:  # before a preview, which could outlast the time that is left
                 checkpoints.wait()
                 say(f"{stage.name}: stopped by SIGTERM, saved at step {step}")
                 raise Preempted()
-            if last:
+            if preview and due(log.preview_every):
+                with meter.paused():
+                    preview(whole(average=True), stage.name, step)
+            if step == stage.steps:
                 break
-    batches.close()
     checkpoints.wait()
     return whole(), whole(average=True)

@@ -2,7 +2,8 @@
 import jax
 import optax
 
-from vino_jax.train.stage import StageConfig, by_path
+from vino_jax.nn.module import by_path
+from vino_jax.train.stage import StageConfig
 
 
 def learning_rate(stage: StageConfig) -> optax.Schedule:

@@ -2,10 +2,18 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from vino_jax.errors import UserError
-from vino_jax.nn.module import Params
+from vino_jax.nn.module import Params, by_path
+
+# Fields of a stage, whether they hold what they may, and what that is.
+_VALUES = (
+    (("steps", "accumulate"), lambda value: value >= 1, "at least 1"),
+    (("learning_rate", "warmup_steps", "decay_steps", "weight_decay"), lambda value: value >= 0, "0 or more"),
+    (("eps", "clip"), lambda value: value > 0, "more than 0"),
+    (("b1", "b2", "ema"), lambda value: 0 <= value < 1, "from 0 to less than 1"),
+    (("text_dropout", "image_dropout"), lambda value: 0 <= value <= 1, "from 0 to 1"),
+)
 
 
 @dataclass(frozen=True)
@@ -17,6 +25,7 @@ class StageConfig:
     tasks, texts: weights by task and by kind of caption. text_dropout: share of rows whose text is empty;
       image_dropout: share whose text is empty and whose reference images are gone.
     buckets: names from the config's table of buckets. ema: decay, 0 for none. accumulate: microbatches a step.
+    Raises UserError that names every value that it may not have.
     """
 
     name: str
@@ -39,16 +48,24 @@ class StageConfig:
     image_dropout: float = 0.1
 
     def __post_init__(self):
-        if self.steps < 1 or self.accumulate < 1:
-            raise UserError(f"stage {self.name!r}: steps and accumulate must be at least 1")
+        wrong = [f"{name} is {getattr(self, name)}; it must be {words}"
+                 for names, holds, words in _VALUES for name in names if not holds(getattr(self, name))]
+        if self.decay_steps > self.steps:
+            wrong.append(f"decay_steps is {self.decay_steps}, more than its {self.steps} steps")
+        if self.text_dropout + self.image_dropout > 1:
+            wrong.append(f"text_dropout {self.text_dropout} and image_dropout {self.image_dropout} are more than 1 together")
+        wrong += [problem for pattern, rate in self.rules if (problem := _rule_problem(pattern, rate))]
+        if wrong:
+            raise UserError(f"stage {self.name!r}: {'; '.join(wrong)}")
 
 
-def by_path(tree: Params, prefix: str = "") -> dict[str, Any]:
-    """{slash-joined path: leaf} in tree order; a leaf is whatever is no dict."""
-    flat: dict[str, Any] = {}
-    for key in sorted(tree):
-        flat |= by_path(tree[key], f"{prefix}{key}/") if isinstance(tree[key], dict) else {prefix + key: tree[key]}
-    return flat
+def _rule_problem(pattern: str, rate: float) -> str:
+    """What is wrong with a rule; "" where nothing is."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"rule {pattern!r} is no regex: {error}"
+    return "" if rate >= 0 else f"rule {pattern!r} has the rate {rate}; rates are 0 or more"
 
 
 def rates(stage: StageConfig, params: Params) -> dict[str, float]:

@@ -1,0 +1,59 @@
+"""A run's directory: how far its stages have come, and which configs may go on there."""
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vino_jax.checkpoint.atomic import write_text
+from vino_jax.checkpoint.run import complete_steps
+from vino_jax.errors import UserError
+from vino_jax.nn.module import by_path
+from vino_jax.settings import read_json
+from vino_jax.train.config import RunConfig
+
+FREE = ("log/", "mesh/", "data/threads", "data/prefetch")  # keys, and starts of keys, that change no number of a run
+IMPORTED = ("init/", "model/")  # those that init/ was made by
+TOLD = 5  # differences that a message names
+
+
+def checkpoints_folder(workdir: Path, stage: str) -> Path:
+    return workdir / "checkpoints" / stage
+
+
+def steps_done(workdir: Path, stages: Iterable[str]) -> dict[str, int]:
+    """Steps of the newest complete checkpoint by stage, 0 where a stage has none."""
+    return {name: max(complete_steps(checkpoints_folder(workdir, name)), default=0) for name in stages}
+
+
+def claim(workdir: Path, config: RunConfig) -> None:
+    """Make the directory and write config.json, or go on in a directory of the same config.
+
+    Keys of FREE may differ, and the steps of the last stage that has begun may grow, those of later ones change. Nothing binds what
+    has not been made: before the first checkpoint only init/ does. Raises UserError naming what differs, and then changes nothing.
+    """
+    path, new = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    if path.exists():
+        old = read_json(path)
+        done, imported = steps_done(workdir, sorted({*old.get("stages", {}), *new["stages"]})), (workdir / "init").exists()
+        before, now = by_path(old), by_path(new)
+        keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        different = [f"{key.replace('/', '.')} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys
+                     if not _may_differ(key, before.get(key), now.get(key), done, imported)]
+        if different:
+            more = f" and {len(different) - TOLD} more" if len(different) > TOLD else ""
+            raise UserError(f"{workdir} was begun with another config: {'; '.join(different[:TOLD])}{more}; choose another workdir")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(new, indent=1))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _may_differ(key: str, old: Any, new: Any, done: Mapping[str, int], imported: bool) -> bool:
+    begun = [name for name, step in done.items() if step]
+    if not begun:
+        return not (imported and key.startswith(IMPORTED))
+    if key == f"stages/{begun[-1]}/steps":
+        return None not in (old, new) and new > old
+    return key.startswith(FREE) or key in {f"stages/{name}/steps" for name, step in done.items() if not step}
