@@ -5,12 +5,16 @@ It stands for HunyuanVideo, which no demo can train; the connector and queries o
     python -m launch.train --config configs/shapes_base.py --workdir DIR
     python -m launch.convert export --checkpoint DIR/model --output DIR/export --format diffusers --dtype bfloat16
     cp DIR/export/transformer/* data_pipelines/shapes_parts/hunyuan/transformer/
+
+The shipped part took 36 minutes on two CPU cores that did other work beside it. Alone, with its connector, 12 sampling steps, 200 unseen
+prompts of t2i: colour 1.00, shape 0.59, count 0.91, relation 0.45; 20 of t2v: colour 1.00, shape 0.40, motion 0.60.
 """
 from configs import common, models, shapes
 
 
 def get_config():
     config = shapes.get_config()
+    config.seed = 1  # so that the demo's connector does not start where this one did
     config.init.mmdit = ""
     config.model.mmdit = models.shapes()["mmdit"]
     config.init.require = ("vae", "vlm")
