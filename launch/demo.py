@@ -52,7 +52,7 @@ class Size:
 
 
 QUICK_COMPILE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for programs that run only a few times
-FULL = Size(None, {"preview_every": 0}, 12, 200, 40, 20, 4, {})
+FULL = Size(None, {"preview_every": 0}, 12, 200, 40, 10, 4, {})
 SHORT = Size((2, 6, 2), {"every": 1, "checkpoint_every": 2, "preview_every": 0}, 2, 4, 2, 2, 2, QUICK_COMPILE)
 
 
@@ -165,7 +165,7 @@ def train(demo: Demo, name: str, config: str, *, stop: bool = False) -> None:
     if size.stage_steps:
         first, second, third = size.stage_steps
         steps = {"stage1": first, "stage2": second, "stage3": third} if config == CONFIG else {"stage2": first + second, "stage3": third}
-        settings |= {f"stages.{stage}.steps": count for stage, count in steps.items()}
+        settings |= {f"stages.{stage}.{key}": value for stage, count in steps.items() for key, value in (("steps", count), ("decay_steps", 0))}
     devices = MESH["data"] * MESH["fsdp"]
     command = ("--config", config, "--workdir", workdir, *(f"--config.{k}={v}" for k, v in settings.items()))
     code = demo.command("launch.train", *command, log=f"train_{name}", devices=devices, watch=Watch(workdir, stop))
@@ -179,12 +179,21 @@ def train(demo: Demo, name: str, config: str, *, stop: bool = False) -> None:
         print(f"   {name}: it came to its end before it could be stopped", flush=True)
 
 
+def stages_begun(workdir: Path) -> set[str]:
+    path = workdir / "metrics.jsonl"
+    return {json.loads(line)["stage"] for line in path.read_text().splitlines() if line.endswith("}")} if path.exists() else set()
+
+
 def train_both(demo: Demo) -> None:
-    """The run and its comparison side by side: while one compiles, which is mostly one thread, the other uses the second core."""
+    """The run, and from its second stage on its comparison beside it: so that one compiles, which is mostly one thread, while the other
+    trains, and what the first has compiled the second finds in the cache."""
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(train, demo, "train", CONFIG, stop=True), pool.submit(train, demo, "no_stage1", WITHOUT_STAGE1)]
-    for run in runs:
-        run.result()
+        run = pool.submit(train, demo, "train", CONFIG, stop=True)
+        while not run.done() and STOPPED_IN not in stages_begun(demo.output / "train"):
+            time.sleep(0.5)
+        if not run.done() or run.exception() is None:
+            pool.submit(train, demo, "no_stage1", WITHOUT_STAGE1).result()
+    run.result()
 
 
 # --- sampling and scoring ---

@@ -10,7 +10,8 @@ from vino_jax.train.workdir import claim, steps_done
 
 
 def config(**overrides):
-    return run_config(load_config("configs/shapes.py", {key.replace("__", "."): str(value) for key, value in overrides.items()}))
+    settings = {"stages__stage1__steps": 150, "stages__stage2__steps": 150, **overrides}
+    return run_config(load_config("configs/shapes.py", {key.replace("__", "."): str(value) for key, value in settings.items()}))
 
 
 def make(workdir, **done):
@@ -24,7 +25,7 @@ def make(workdir, **done):
 
 @pytest.mark.parametrize("changes", [
     {}, {"log__every": 3, "log__checkpoint_every": 7}, {"mesh__fsdp": 2, "mesh__preset": "replicated"},
-    {"data__threads": 3, "data__prefetch": 2}, {"stages__stage2__steps": 900}, {"stages__stage3__steps": 9}])
+    {"data__threads": 3, "data__prefetch": 2}, {"stages__stage2__steps": 900}, {"stages__stage3__steps": 45}])
 def test_what_changes_no_number_may_differ(tmp_path, changes):
     make(tmp_path, stage1=150, stage2=40)
     claim(tmp_path, config(**changes))
