@@ -19,8 +19,8 @@ def test_the_config_files_are_whole(path):
 
 
 def test_overrides_reach_their_key():
-    config = load(stages__stage1__steps="7", mesh__fsdp="4", stages__stage2__learning_rate="1")
-    assert config.stages["stage1"].steps == 7 and config.mesh.fsdp == 4 and config.stages["stage2"].learning_rate == 1.0
+    config = load(stages__stage1__steps="70", mesh__fsdp="4", stages__stage2__learning_rate="1")
+    assert config.stages["stage1"].steps == 70 and config.mesh.fsdp == 4 and config.stages["stage2"].learning_rate == 1.0
 
 
 @pytest.mark.parametrize("key,value,message", [
