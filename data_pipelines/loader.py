@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from data_pipelines.buckets import table
 from data_pipelines.mixture import Mixture, Row, Schedule, choose_text
 from data_pipelines.packing import SHIFT, collate, pack_sample
 from vino_jax.batch import Batch, BucketSpec
@@ -41,10 +40,6 @@ class Loader:
         steps = grain.MapDataset.range(start_step, ENDLESS if stop_step is None else stop_step)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
         self._batches = iter(steps.map(self.batch).to_iter_dataset(options))
-
-    def table(self) -> str:
-        """Buckets, tasks, tokens and shares, and what fits nowhere: to print before step 0."""
-        return table(self.schedule.assigned, self.source.unplaced())
 
     def batch(self, step: int) -> tuple[int, str, Batch]:
         """This process's part of the batch of `step`, as numpy."""

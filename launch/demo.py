@@ -28,6 +28,7 @@ from vino_jax.errors import UserError
 from vino_jax.evaluation.report import write_report
 from vino_jax.sampling.video import write_output
 from vino_jax.train.loop import EXIT_PREEMPTED
+from vino_jax.train.workdir import steps_done
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG, WITHOUT_STAGE1 = "configs/shapes.py", "configs/shapes_no_stage1.py"
@@ -124,6 +125,12 @@ class Echo:
 # --- training ---
 
 
+def records(workdir: Path) -> list[str]:
+    """The whole lines of a run's metrics.jsonl, of which the last may be half written."""
+    path = workdir / "metrics.jsonl"
+    return [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
 class Watch:
     """Tells a training run's loss while it runs, and once stops it (SIGTERM) a little after a checkpoint of STOPPED_IN."""
 
@@ -132,9 +139,8 @@ class Watch:
         self._told: tuple[str, int] = ("", 0)
 
     def __call__(self, process: subprocess.Popen) -> None:
-        path = self.workdir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        if not lines or not lines[-1].endswith("}"):
+        lines = records(self.workdir)
+        if not lines:
             return
         last = json.loads(lines[-1])
         stage, step = last["stage"], last["step"]
@@ -142,17 +148,11 @@ class Watch:
             self._told = (stage, step)
             print(f"   {self.workdir.name}: {stage} step {step}, loss {last['loss']:.4f}, {last['samples_a_second']:.0f} samples a second",
                   flush=True)
-        if self.stop and stage == STOPPED_IN and 0 < saved_step(self.workdir, stage) < step:
-            saved = saved_step(self.workdir, stage)
+        if self.stop and stage == STOPPED_IN and 0 < steps_done(self.workdir, [stage])[stage] < step:
+            saved = steps_done(self.workdir, [stage])[stage]
             print(f"   {self.workdir.name}: SIGTERM at {stage} step {step}, after the checkpoint of step {saved}", flush=True)
             process.send_signal(signal.SIGTERM)
             self.stop = False
-
-
-def saved_step(workdir: Path, stage: str) -> int:
-    """The newest complete checkpoint of a stage; 0 without one."""
-    folder = workdir / "checkpoints" / stage
-    return max((int(p.parent.name) for p in folder.glob("[0-9]*/_CHECKPOINT_METADATA") if p.parent.name.isdigit()), default=0)
 
 
 def train(demo: Demo, name: str, config: str, *, stop: bool = False) -> None:
@@ -171,7 +171,7 @@ def train(demo: Demo, name: str, config: str, *, stop: bool = False) -> None:
     code = demo.command("launch.train", *command, log=f"train_{name}", devices=devices, watch=Watch(workdir, stop))
     demo.done(code, f"train_{name}", (0, EXIT_PREEMPTED, -signal.SIGTERM) if stop else (0,))
     if code:
-        saved = saved_step(workdir, STOPPED_IN)
+        saved = steps_done(workdir, [STOPPED_IN])[STOPPED_IN]
         print(f"   {name}: it ended with exit code {code}, saved at {STOPPED_IN} step {saved}; the same command again goes on there", flush=True)
         code = demo.command("launch.train", *command, log=f"train_{name}", devices=devices, watch=Watch(workdir, False))
         demo.done(code, f"train_{name}")
@@ -179,17 +179,12 @@ def train(demo: Demo, name: str, config: str, *, stop: bool = False) -> None:
         print(f"   {name}: it came to its end before it could be stopped", flush=True)
 
 
-def stages_begun(workdir: Path) -> set[str]:
-    path = workdir / "metrics.jsonl"
-    return {json.loads(line)["stage"] for line in path.read_text().splitlines() if line.endswith("}")} if path.exists() else set()
-
-
 def train_both(demo: Demo) -> None:
     """The run, and from its second stage on its comparison beside it: so that one compiles, which is mostly one thread, while the other
     trains, and what the first has compiled the second finds in the cache."""
     with ThreadPoolExecutor(2) as pool:
         run = pool.submit(train, demo, "train", CONFIG, stop=True)
-        while not run.done() and STOPPED_IN not in stages_begun(demo.output / "train"):
+        while not run.done() and all(json.loads(line)["stage"] != STOPPED_IN for line in records(demo.output / "train")):
             time.sleep(0.5)
         if not run.done() or run.exception() is None:
             pool.submit(train, demo, "no_stage1", WITHOUT_STAGE1).result()

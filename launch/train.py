@@ -167,8 +167,10 @@ def run_stages(config: RunConfig, vino: Vino, directory: pathlib.Path, datas: di
 def write_model(final: pathlib.Path, params: Params, vino: Vino, config: RunConfig, directory: pathlib.Path,
                 files: Sequence[pathlib.Path], trained: dict[str, int]) -> None:
     """The model checkpoint at the end of a run. Parts of the initial checkpoint `directory` that no stage trains are copied from it to
-    the bit, in their own dtype and with their sources; every part keeps its tensors that are left out. files: of the processor. trained: steps by
-    stage."""
+    the bit, in their own dtype and with their sources; every part keeps its tensors that are left out.
+
+    files: of the processor. trained: steps by stage.
+    """
     info = model_checkpoint.read_info(directory)
     copied = info.parts.keys() - trained_parts(vino, list(config.stages.values()))
     parts = {name: model_checkpoint.iter_arrays(directory, name, info) if name in copied else tree for name, tree in params.items()}

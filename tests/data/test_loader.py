@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from data_pipelines.buckets import table
 from data_pipelines.loader import Loader
 from data_pipelines.mixture import Mixture
 from data_pipelines.prompts import Prompter
@@ -112,6 +113,7 @@ def test_waiting_is_measured_and_a_closed_loader_stops(prompter):
 
 def test_the_table_and_the_rows_of_processes(prompter):
     with loader(prompter, Mixture({"t2i": 1.0}, {"long": 1.0})) as batches:
-        assert "picture" in batches.table() and [a.bucket.name for a in batches.schedule.used] == ["picture"]
+        assert "picture" in table(batches.schedule.assigned, batches.source.unplaced())
+        assert [a.bucket.name for a in batches.schedule.used] == ["picture"]
     with pytest.raises(UserError, match="bucket 'clip' has 4 rows, which do not divide by 8 processes"):
         loader(prompter, process_count=8)

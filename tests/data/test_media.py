@@ -10,7 +10,7 @@ import pytest
 import skimage
 from PIL import Image
 
-from data_pipelines.buckets import assign
+from data_pipelines.buckets import assign, table
 from data_pipelines.loader import Loader
 from data_pipelines.media import MediaSource, cover, read_cut_clip
 from data_pipelines.mixture import Mixture
@@ -133,7 +133,7 @@ def test_all_eight_tasks_become_batches(root):
     mixture = Mixture(WEIGHTS, {"long": .4, "short": .3, "instruction": .3}, 0.0, 0.0)
     seen, prompter = {}, Prompter(SMALL_VLM)
     with Loader(source_of(root, LINES, BUCKETS, prompter), mixture, BUCKETS, prompter, 0, stop_step=60, threads=2) as batches:
-        table = batches.table()
+        told = table(batches.schedule.assigned, batches.source.unplaced())
         for _, name, batch in batches:
             spec = next(b for b in BUCKETS if b.name == name).spec()
             assert batch.target.shape == spec.target.shape and batch.tokens.shape == spec.tokens.shape
@@ -141,7 +141,7 @@ def test_all_eight_tasks_become_batches(root):
     image, clip = 2 * 3 + 2, 2 * 2 * 3 + 2
     assert seen == {"t2i": 0, "t2v": 0, "i2v": image, "ti2v": image, "ti2i": image, "ti2i_baseimg": 2 * image, "tv2v": clip,
                     "tiv2v": image + clip}
-    assert "2 items fit no bucket" in table and "tiny.mp4" in table and "t2i (2)" in table
+    assert "2 items fit no bucket" in told and "tiny.mp4" in told and "t2i (2)" in told
 
 
 @pytest.mark.parametrize("line, message", [

@@ -24,8 +24,8 @@ from safetensors.numpy import load_file, save_file
 
 from vino_jax.checkpoint.atomic import atomic_folder
 from vino_jax.errors import UserError
-from vino_jax.nn.module import Params
-from vino_jax.settings import VinoConfig, build
+from vino_jax.nn.module import Params, by_path
+from vino_jax.settings import VinoConfig, build, read_json
 
 FORMAT = 1
 GROUP_BYTES = 1 << 30  # leaves are gathered to about this size before they are written; a larger leaf is a group of its own
@@ -81,7 +81,7 @@ def save(directory: str | Path, parts: Mapping[str, Params | Leaves], config: Vi
     with atomic_folder(directory, replace=replace) as folder:
         described = {}
         for name, tree in parts.items():
-            leaves = _write_part(folder / "arrays" / name, _leaves(tree) if isinstance(tree, Mapping) else tree)
+            leaves = _write_part(folder / "arrays" / name, by_path(tree).items() if isinstance(tree, Mapping) else tree)
             source = info.get(name, {})
             count = sum(math.prod(leaf.shape) for leaf in leaves.values())
             described[name] = PartInfo(source.get("source", ""), source.get("sha256", ""), count, _dtype(leaves), leaves)
@@ -92,14 +92,11 @@ def save(directory: str | Path, parts: Mapping[str, Params | Leaves], config: Vi
 def read_info(directory: str | Path) -> ModelInfo:
     """What the checkpoint holds, without reading arrays. Raises UserError where there is no whole checkpoint."""
     path = Path(directory) / "model.json"
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{directory} is no model checkpoint: it has no model.json") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise UserError(f"{path} has format {data.get('format') if isinstance(data, dict) else None}, this program reads format {FORMAT}")
+    if not path.exists():
+        raise UserError(f"{directory} is no model checkpoint: it has no model.json")
+    data = read_json(path)
+    if data.get("format") != FORMAT:
+        raise UserError(f"{path} has format {data.get('format')}, this program reads format {FORMAT}")
     try:
         config = build(VinoConfig, data["config"])
         parts = {}
@@ -125,7 +122,7 @@ def restore(directory: str | Path, abstract: Mapping[str, Params], config: VinoC
     missing = [name for name in abstract if name not in info.parts]
     if missing:
         raise UserError(f"{directory} has no {', '.join(missing)} (it has {', '.join(info.parts)}); import it with launch.convert")
-    wanted = {name: dict(_leaves(tree)) for name, tree in abstract.items()}
+    wanted = {name: by_path(tree) for name, tree in abstract.items()}
     for name, leaves in wanted.items():
         _check_leaves(directory, name, info.parts[name].leaves, leaves)
     read = {name: {path: leaf for path, leaf in leaves.items() if f"{name}/{path}" not in skip} for name, leaves in wanted.items()}
@@ -159,7 +156,7 @@ def processor_folder(directory: str | Path) -> Path:
 
 def check_config(directory: str | Path, info: ModelInfo, config: VinoConfig) -> None:
     """Raises UserError that names the first field in which the checkpoint's architecture is not `config`."""
-    ours, theirs = (dict(_leaves(dataclasses.asdict(c))) for c in (config, info.config))
+    ours, theirs = (by_path(dataclasses.asdict(c)) for c in (config, info.config))
     for name, value in ours.items():
         if theirs[name] != value:
             key = name.replace("/", ".")
@@ -176,14 +173,6 @@ def nested(flat: Mapping[str, Any]) -> Params:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return tree
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _write_part(folder: Path, leaves: Leaves) -> dict[str, Leaf]:
