@@ -67,6 +67,7 @@ class Demo:
     output: Path
     size: Size
     timings: list[tuple[str, float]] = field(default_factory=list)
+    error: UserError | None = None  # of the first command that failed; it ends what runs beside it
     start: float = field(default_factory=time.perf_counter)
 
     @contextmanager
@@ -94,6 +95,8 @@ class Demo:
                                        stderr=subprocess.STDOUT)
             try:
                 while process.poll() is None:
+                    if self.error:
+                        raise self.error
                     watch(process)
                     time.sleep(0.2)
                 watch(process)
@@ -108,7 +111,8 @@ class Demo:
         if code not in allowed:
             path = self.output / f"{log}.log"
             last = next((line for line in reversed(path.read_text().splitlines()) if line.strip()), "")
-            raise UserError(f"launch.{log.split('_')[0]} ended with {code}; the end of {path}: {last}")
+            self.error = UserError(f"launch.{log.split('_')[0]} ended with {code}; the end of {path}: {last}")
+            raise self.error
 
 
 class Echo:

@@ -56,6 +56,9 @@ def test_failing_command_is_told_with_the_end_of_its_log(tmp_path, monkeypatch):
     code = made.command("failing", log="sample")
     with pytest.raises(UserError, match="launch.sample ended with 3; .*: the reason"):
         made.done(code, "sample")
+    (tmp_path / "endless.py").write_text("import time; time.sleep(600)")
+    with pytest.raises(UserError, match="launch.sample ended with 3; .*: the reason"):  # what runs beside it ends too
+        made.command("endless", log="evaluate")
 
 
 def test_short_and_full_demo_do_not_mix(tmp_path):

@@ -80,3 +80,12 @@ def test_a_folder_that_takes_nothing(tmp_path):
             cli.make_output(folder)
     cli.make_output(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir() and not any((tmp_path / "a" / "b").iterdir())
+
+
+@pytest.mark.parametrize("flags, given, threads", [
+    ("--xla_force_host_platform_device_count=64", {}, "256"), ("--xla_force_host_platform_device_count=64", {"PJRT_NPROC": "5"}, "5"),
+    ("--xla_force_host_platform_device_count=1", {}, None), ("", {}, None)])
+def test_each_virtual_device_has_several_threads(flags, given, threads):
+    environment = {"XLA_FLAGS": flags, **given}
+    cli.roomy_thread_pool(environment)
+    assert environment.get("PJRT_NPROC") == threads

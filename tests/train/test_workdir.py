@@ -10,7 +10,7 @@ from vino_jax.train.workdir import claim, steps_done
 
 
 def config(**overrides):
-    settings = {"stages__stage1__steps": 150, "stages__stage2__steps": 150, **overrides}
+    settings = {"stages__stage1__steps": 150, "stages__stage2__steps": 150, "stages__stage3__learning_rate": 0.25, **overrides}
     return run_config(load_config("configs/shapes.py", {key.replace("__", "."): str(value) for key, value in settings.items()}))
 
 
@@ -37,7 +37,7 @@ def test_what_changes_no_number_may_differ(tmp_path, changes):
     ({"seed": 9}, "seed was 0, is 9"),
     ({"stages__stage1__steps": 900}, "stages.stage1.steps was 150, is 900"),  # stage 2 has begun from its end
     ({"stages__stage2__steps": 100}, "stages.stage2.steps was 150, is 100"),
-    ({"stages__stage3__learning_rate": 0.5}, "stages.stage3.learning_rate was 0.001, is 0.5"),
+    ({"stages__stage3__learning_rate": 0.5}, "stages.stage3.learning_rate was 0.25, is 0.5"),
     ({"init__vae": "elsewhere"}, "init.vae was '.*hunyuan', is 'elsewhere'"),
     ({"buckets__edit__batch": 64, "data__threads": 3, "runtime__remat": "full"}, "buckets.edit.batch was 32, is 64; runtime.remat was"),
 ])
