@@ -56,5 +56,6 @@ def test_frozen_parameters_have_no_optimizer_state():
 
 
 def test_the_rate_warms_up_stays_and_falls():
-    rate = learning_rate(tiny.stage(steps=100, warmup_steps=10, decay_steps=20, learning_rate=1.0))
-    assert [round(float(rate(i)), 3) for i in (0, 5, 10, 80, 90, 100)] == [0.0, 0.5, 1.0, 1.0, 0.55, 0.1]
+    stage = tiny.stage(steps=100, warmup_steps=10, decay_steps=20, learning_rate=2.0)
+    assert [round(learning_rate(stage, i), 3) for i in (0, 5, 10, 80, 90, 100)] == [0.0, 1.0, 2.0, 2.0, 1.1, 0.2]
+    assert learning_rate(tiny.stage(warmup_steps=0, learning_rate=2.0), 0) == 2.0

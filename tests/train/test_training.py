@@ -20,6 +20,7 @@ from vino_jax.sharding.rules import preset
 from vino_jax.train.config import LogConfig
 from vino_jax.train.logging import MetricWriter
 from vino_jax.train.loop import Meter, Preempted, check_batches, run_stage
+from vino_jax.train.optim import optimizer
 from vino_jax.train.stage import rates, split
 from vino_jax.train.state import new_state
 from vino_jax.train.step import make_train_step
@@ -111,7 +112,7 @@ def test_microbatches_give_the_gradient_of_the_whole_batch():
         stage, tx = tiny.stage(accumulate=accumulate), optax.sgd(1.0)
         trainable, frozen = split(params, rates(stage, params))
         state = new_state(trainable, tx, jax.random.key_data(jax.random.key(7)), ema=False)
-        after, metrics = jax.jit(make_train_step(model, stage, tx))(state, frozen, batch)
+        after, metrics = jax.jit(make_train_step(model, stage, tx))(state, frozen, batch, 1.0)
         return jax.tree.map(np.subtract, trainable, jax.device_get(after.trainable)), jax.device_get(metrics)
 
     (whole, told), (parts, told_parts) = step(1), step(2)
@@ -120,6 +121,23 @@ def test_microbatches_give_the_gradient_of_the_whole_batch():
     assert worst < tolerances.GRADIENT_REL * largest and largest > 1e-3
     for name in ("loss", "gradient_norm", "bin_loss", "task_loss"):
         np.testing.assert_allclose(told[name], told_parts[name], rtol=tolerances.GRADIENT_REL)
+
+
+def test_a_schedule_is_no_part_of_a_step_s_program():
+    """So that a run with other steps or rates finds its programs in the compile cache."""
+    model = tiny.vino()
+    plans = [tiny.plan(model, tiny.stage(**schedule), make_mesh(ONE, jax.devices()[:1]), preset("fsdp"))
+             for schedule in ({}, {"steps": 9, "learning_rate": 0.5, "warmup_steps": 0, "decay_steps": 3})]
+    assert len({jax.jit(step).lower(*arguments).as_text() for step, arguments in map(step_and_arguments, plans)}) == 1
+
+
+def step_and_arguments(plan):
+    found = rates(plan.stage, plan.vino.abstract)
+    trainable, frozen = split(plan.vino.abstract, found)
+    tx = optimizer(plan.stage, found)
+    rng = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    state = jax.eval_shape(lambda p, r: new_state(p, tx, r, ema=True), trainable, rng)
+    return make_train_step(plan.vino, plan.stage, tx), (state, frozen, tiny.BUCKET.spec(8), jax.ShapeDtypeStruct((), np.float32))
 
 
 def test_previews_come_at_the_start_by_their_cadence_and_at_the_end(tmp_path):

@@ -54,14 +54,14 @@ class StagePlan:
         moments = 2 * self.vino.config.vae.latent_channels
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, frozen))
         placed = jax.tree.map(lambda x: x.sharding, state)
-        programs = {}
+        rate, programs = jax.ShapeDtypeStruct((), np.float32), {}
         for bucket in self.buckets:
             start = time.perf_counter()
             batch = bucket.spec(moments)
             batch = with_shardings(batch, batch_shardings(batch, self.mesh, self.rules))
             with use_sharding(self.mesh, self.rules):
                 jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
-                programs[bucket.name] = jitted.lower(*abstract, batch).compile()
+                programs[bucket.name] = jitted.lower(*abstract, batch, rate).compile()
             log(f"{self.stage.name}: compiled bucket {bucket.name} in {time.perf_counter() - start:.1f} s")
         return programs
 
@@ -144,7 +144,7 @@ class Meter:
 
     def __init__(self, stage: StageConfig, loader: Any, checkpoints: RunCheckpoints):
         self._stage, self._loader, self._checkpoints = stage, loader, checkpoints
-        self._gathered, self._pending, self._rate = Accumulator(), None, learning_rate(stage)
+        self._gathered, self._pending = Accumulator(), None
         self._begin()
 
     def _begin(self) -> None:
@@ -182,7 +182,7 @@ class Meter:
         """The record after `step` steps; `tokens` and `seconds` are those since the record before."""
         self.settle()
         seconds = time.perf_counter() - self._start
-        values = {**self._gathered.take(), "learning_rate": float(self._rate(step - 1)), "samples_a_second": self._rows / seconds,
+        values = {**self._gathered.take(), "learning_rate": learning_rate(self._stage, step - 1), "samples_a_second": self._rows / seconds,
                   "tokens_a_second": self._tokens / seconds, "tokens": self._tokens, "seconds": seconds,
                   "data_wait_share": (self._loader.waited - self._waited) / seconds}
         self._begin()
@@ -219,7 +219,7 @@ def run_stage(plan: StagePlan, params: Params, loader: Callable[[int], Iterable]
         for at, bucket, batch in batches:
             samples = np.asarray(batch.sample).tolist()
             batch = plan.encode(frozen["vae"], place_batch(batch, plan.mesh, plan.rules))
-            state, metrics = programs[bucket](state, frozen, batch)
+            state, metrics = programs[bucket](state, frozen, batch, np.float32(learning_rate(stage, at)))
             step = at + 1
             meter.started(at, buckets[bucket], samples, metrics)
             bar.update()

@@ -63,7 +63,7 @@ def _microbatches(tree, count: int):
 
 
 def make_train_step(vino: Vino, stage: StageConfig, tx: optax.GradientTransformation) -> Callable:
-    """step(state, frozen, batch) -> (state, metrics). A step whose loss or gradient is not finite changes nothing but the counter
+    """step(state, frozen, batch, learning rate) -> (state, metrics). A step whose loss or gradient is not finite changes nothing but the counter
     in its metrics, so the state stays good for saving."""
 
     def gradients(trainable, frozen, batch, keys):
@@ -79,13 +79,13 @@ def make_train_step(vino: Vino, stage: StageConfig, tx: optax.GradientTransforma
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, trainable, *jax.tree.map(lambda x: x[0], micros)))
         return jax.lax.scan(body, zeros, micros)[0]
 
-    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, frozen: Params, batch: Batch, learning_rate: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         keys = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step), batch.tokens.shape[0])
         (loss, parts), grads = gradients(state.trainable, frozen, batch, keys)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable = optax.apply_updates(state.trainable, jax.tree.map(lambda update: learning_rate * update, updates))
         ema = jax.tree.map(lambda a, p: stage.ema * a + (1.0 - stage.ema) * p, state.ema, trainable) if state.ema else {}
         new = TrainState(state.step + 1, state.rng, trainable, opt_state, ema)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
