@@ -12,9 +12,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from launch import cli
 from vino_jax.checkpoint import model as model_checkpoint
@@ -23,8 +25,14 @@ from vino_jax.convert import configs, engine, parts
 from vino_jax.convert.io import SafetensorsWriter, write_pickle
 from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
+from vino_jax.nn.module import by_path
 from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import VinoConfig
+from vino_jax.sharding import rules
+from vino_jax.sharding.mesh import make_mesh, parse_mesh
+from vino_jax.sharding.resolve import shardings
+from vino_jax.train.weights import run_weights
+from vino_jax.train.workdir import is_run
 
 DTYPES = ("float32", "bfloat16")
 
@@ -32,7 +40,8 @@ DTYPES = ("float32", "bfloat16")
 def main() -> None:
     args = vars(_parser().parse_args())
     command = args.pop("command")
-    jax.config.update("jax_platforms", "cpu")  # conversion leaves accelerators to others
+    if not args.get("mesh"):
+        jax.config.update("jax_platforms", "cpu")  # conversion leaves accelerators to others
     command(**args)
 
 
@@ -42,19 +51,25 @@ def _parser() -> argparse.ArgumentParser:
     take = commands.add_parser("import", help="PyTorch files -> model checkpoint")
     take.add_argument("--output", type=Path, required=True, help="the model checkpoint to write; must not hold anything yet")
     take.add_argument("--vino", type=Path, help="vino.ckpt, or the same names as safetensors (a file or a folder)")
-    take.add_argument("--mmdit", type=Path, help="HunyuanVideo's folder of diffusers, or its transformer/")
-    take.add_argument("--vae", type=Path, help="HunyuanVideo's folder of diffusers, or its vae/")
-    take.add_argument("--vlm", type=Path, help="Qwen3-VL's folder of transformers, with its processor")
+    take.add_argument("--mmdit", type=Path, help="HunyuanVideo's folder of diffusers, its transformer/, or one file of weights: safetensors, "
+                      "or Tencent's mp_rank_00_model_states.pt")
+    take.add_argument("--vae", type=Path, help="HunyuanVideo's folder of diffusers, its vae/, or one file of safetensors")
+    take.add_argument("--vlm", type=Path, help="Qwen3-VL's folder of transformers, with its processor, or one file of safetensors in it")
     take.add_argument("--dtype", choices=DTYPES, help="of all arrays; by default each keeps its own")
     take.add_argument("--queries", type=int, default=VinoConfig.queries, help="number of learnable queries where vino.ckpt has none")
+    take.add_argument("--mesh", help="place every array on a mesh of these sizes, as fsdp=8, and write it from there, in shards; by default "
+                      "arrays stay on the host and no accelerator is used")
+    take.add_argument("--preset", default="fsdp", help="sharding preset that goes with --mesh (default fsdp)")
     take.set_defaults(command=_import)
     give = commands.add_parser("export", help="model checkpoint -> PyTorch files")
-    give.add_argument("--checkpoint", type=Path, required=True)
+    give.add_argument("--checkpoint", type=Path, required=True, help="a model checkpoint, or the workdir of a training run: its newest step")
     give.add_argument("--output", type=Path, required=True, help="folder to write; must not hold anything yet")
     give.add_argument("--format", choices=("vino", "diffusers"), required=True,
                       help="vino: names of vino.ckpt (no VAE), safetensors; diffusers: transformer/ vae/ vlm/ vino/ with config.json")
     give.add_argument("--dtype", choices=DTYPES, help="of all tensors; by default each keeps its own")
     give.add_argument("--ckpt", action="store_true", help="with --format vino: vino.ckpt by torch.save, held in memory")
+    give.add_argument("--weights", choices=("average", "raw"), default="average",
+                      help="of a run: the average where its last stage keeps one (default), or the parameters themselves")
     give.set_defaults(command=export_parts)
     check = commands.add_parser("verify", help="compare a model checkpoint with PyTorch files, to the bit")
     check.add_argument("--checkpoint", type=Path, required=True)
@@ -64,20 +79,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _import(output: Path, queries: int, dtype: str | None, **given: Path | None) -> None:
-    import_parts(output, parts.Given(**given), queries=queries, dtype=dtype)
+def _import(output: Path, queries: int, dtype: str | None, mesh: str | None, preset: str, **given: Path | None) -> None:
+    on = (make_mesh(parse_mesh(mesh)), rules.preset(preset)) if mesh else None
+    import_parts(output, parts.Given(**given), queries=queries, dtype=dtype, on=on)
 
 
-def import_parts(output: Path, given: parts.Given, *, queries: int, dtype: str | None = None) -> None:
+def import_parts(output: Path, given: parts.Given, *, queries: int, dtype: str | None = None, on: tuple[Mesh, dict] | None = None) -> None:
     """Write the model checkpoint `output` from PyTorch files: everything that can be wrong with names and shapes is told before it
     is touched. queries: how many learnable ones where no file has them. dtype: of all arrays; None keeps each one's own.
+    on: mesh and sharding rules; each array then goes onto the mesh as soon as it is read, and is written from there in shards.
     """
     check_empty(output)
     found = parts.find(given, queries)
     for note in found.notes:
         _say(note)
-    plans = _plans(found.config, found, dict.fromkeys(found.sources, dtype))
+    vino = Vino(found.config, Runtime())
+    plans = _plans(vino, found, dict.fromkeys(found.sources, dtype))
     engine.check(plans)
+    placed = {part: by_path(shardings(vino.abstract[part], vino.axes[part], *on)) if on else None for part in plans}
     sums: dict[tuple[Path, ...], str] = {}
     for source in found.sources.values():
         if source.files not in sums:
@@ -85,18 +104,28 @@ def import_parts(output: Path, given: parts.Given, *, queries: int, dtype: str |
             sums[source.files] = source.sha256()
     info = {part: {"source": source.label, "sha256": sums[source.files]} for part, source in found.sources.items()}
     left_out: dict[str, dict[str, np.ndarray]] = {part: {} for part in plans}
-    trees = {part: _told(part, plan, engine.import_leaves(plan, found.sources[part], left_out[part])) for part, plan in plans.items()}
+    trees = {part: _told(part, plan, _placed(engine.import_leaves(plan, found.sources[part], left_out[part]), placed[part]))
+             for part, plan in plans.items()}
     model_checkpoint.save(output, trees, found.config, info, found.processor_files, left_out)
     for part, entry in model_checkpoint.read_info(output).parts.items():
         _say(f"{part}: {entry.parameters:,} parameters, {entry.dtype}, from {entry.source}")
 
 
-def export_parts(checkpoint: Path, output: Path, format: str, *, dtype: str | None = None, ckpt: bool = False) -> None:
+def _placed(leaves: Iterator[tuple[str, np.ndarray]], shardings_: Mapping[str, NamedSharding] | None) -> Iterator[tuple[str, Any]]:
+    """The leaves as arrays on the mesh, of which this process gives the shards of its own devices; as they are without shardings."""
+    for path, leaf in leaves:
+        yield path, leaf if shardings_ is None else jax.make_array_from_callback(leaf.shape, shardings_[path], leaf.__getitem__)
+
+
+def export_parts(checkpoint: Path, output: Path, format: str, *, dtype: str | None = None, ckpt: bool = False,
+                 weights: str = "average") -> None:
     """The exact inverse of import, left-out tensors included: a folder `output` in the "vino" or "diffusers" format.
 
-    dtype: of all tensors; None keeps each one's own. ckpt: with "vino", one vino.ckpt by torch.save instead of safetensors.
+    checkpoint: a model checkpoint or a run's workdir. dtype: of all tensors; None keeps each one's own. ckpt: with "vino", one vino.ckpt by
+    torch.save instead of safetensors. weights: "average" or "raw", of a run.
     """
-    info = model_checkpoint.read_info(checkpoint)
+    given = run_weights(checkpoint, average=weights == "average") if is_run(checkpoint) else model_checkpoint.weights(checkpoint)
+    info = given.info
     if ckpt and format != "vino":
         raise UserError("--ckpt goes with --format vino")
     groups = parts.export_groups(info.parts, format)
@@ -106,11 +135,11 @@ def export_parts(checkpoint: Path, output: Path, format: str, *, dtype: str | No
         _say("vae: not part of vino.ckpt, left out (--format diffusers has it)")
     with atomic_folder(output) as folder:
         for name, members in groups.items():
-            _export_folder(checkpoint, info, folder / name, members, name, dtype, ckpt)
+            _export_folder(given, folder / name, members, name, dtype, ckpt)
 
 
-def _export_folder(directory: Path, info: model_checkpoint.ModelInfo, output: Path, members: list[str], kind: str,
-                   dtype: str | None, pickled: bool) -> None:
+def _export_folder(given: model_checkpoint.Weights, output: Path, members: list[str], kind: str, dtype: str | None, pickled: bool) -> None:
+    info = given.info
     cast = (lambda x: x) if dtype is None else (lambda x: x.astype(engine.DTYPES[dtype]))
     manifests, left_out, plans = {}, {}, {}
     table = parts.tables(info.config)
@@ -119,13 +148,13 @@ def _export_folder(directory: Path, info: model_checkpoint.ModelInfo, output: Pa
         leaves = {path: dataclasses.replace(leaf, dtype=dtype or leaf.dtype) for path, leaf in info.parts[part].leaves.items()}
         manifests[part] = engine.export_manifest(table[part], leaves, kernel)
         plans[part] = engine.make_plan(table[part], model_checkpoint.nested(leaves), manifests[part])
-        left_out[part] = {name: cast(array) for name, array in model_checkpoint.read_left_out(directory, part).items()}
+        left_out[part] = {name: cast(array) for name, array in given.left_out(part).items()}
     engine.check(plans)
     named = parts.vino_name if kind in ("", "vino") else lambda part, name: name
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for part in members:
-            arrays = ((path, cast(array)) for path, array in model_checkpoint.iter_arrays(directory, part, info))
+            arrays = ((path, cast(array)) for path, array in given.arrays(part))
             leaves = _told(part, plans[part], arrays)
             for name, array in engine.export_tensors(plans[part], leaves):
                 yield named(part, name), array
@@ -142,16 +171,18 @@ def _export_folder(directory: Path, info: model_checkpoint.ModelInfo, output: Pa
     for name, array in tensors():
         writer.write(name, array)
     writer.close()
-    _write_config(directory, info, output, kind)
+    _write_config(given, output, kind)
 
 
-def _write_config(directory: Path, info: model_checkpoint.ModelInfo, output: Path, kind: str) -> None:
+def _write_config(given: model_checkpoint.Weights, output: Path, kind: str) -> None:
+    info = given.info
     writers = {"transformer": lambda: configs.write_mmdit(info.config.mmdit), "vae": lambda: configs.write_vae(info.config.vae),
-               "vlm": lambda: configs.write_vlm(info.config.vlm, directory / "processor")}
+               "vlm": lambda: configs.write_vlm(info.config.vlm, given.processor)}
     if kind in writers:
         (output / "config.json").write_text(json.dumps(writers[kind](), indent=2) + "\n")
-    if kind == "vlm" and (directory / "processor").is_dir():
-        shutil.copytree(directory / "processor", output, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    if kind == "vlm" and given.processor.is_dir():
+        for file in parts.processor_files(given.processor):
+            shutil.copyfile(file, output / file.name)
 
 
 def verify_parts(checkpoint: Path, against: Sequence[Path]) -> None:
@@ -163,7 +194,8 @@ def verify_parts(checkpoint: Path, against: Sequence[Path]) -> None:
     absent = [part for part in found.sources if part not in info.parts]
     if absent:
         raise UserError(f"{checkpoint} has no {', '.join(absent)}; it has {', '.join(info.parts)}")
-    plans = _plans(info.config, found, {part: info.parts[part].dtype for part in found.sources if info.parts[part].dtype != "mixed"})
+    kinds = {part: info.parts[part].dtype for part in found.sources if info.parts[part].dtype != "mixed"}
+    plans = _plans(Vino(info.config, Runtime()), found, kinds)
     engine.check(plans)
     different, count = [], 0
     for part, plan in plans.items():
@@ -187,9 +219,9 @@ def _same(ours: np.ndarray, theirs: np.ndarray) -> bool:
     return ours.shape == theirs.shape and ours.tobytes() == theirs.astype(ours.dtype, copy=False).tobytes()
 
 
-def _plans(config: VinoConfig, found: parts.Found, dtypes: Mapping[str, str | None]) -> dict[str, engine.Plan]:
-    abstract, table = Vino(config, Runtime()).abstract, parts.tables(config)
-    return {part: engine.make_plan(table[part], abstract[part], source.manifest, dtypes.get(part))
+def _plans(vino: Vino, found: parts.Found, dtypes: Mapping[str, str | None]) -> dict[str, engine.Plan]:
+    table = parts.tables(vino.config)
+    return {part: engine.make_plan(table[part], vino.abstract[part], source.manifest, dtypes.get(part))
             for part, source in found.sources.items()}
 
 

@@ -41,7 +41,7 @@ from vino_jax.train.initial import finished_params, held_paths, initial_params, 
 from vino_jax.train.logging import MetricWriter
 from vino_jax.train.loop import StagePlan, check_batches, make_encoder, run_stage
 from vino_jax.train.stage import StageConfig
-from vino_jax.train.workdir import checkpoints_folder, claim, steps_done
+from vino_jax.train.workdir import checkpoints_folder, claim, initial_folder, steps_done
 
 # name -> source(config, stage's buckets, stage's tasks, prompter)
 SOURCES = {
@@ -54,11 +54,8 @@ UNSEEN = {"shapes": lambda config: ShapesSource(held_out(config.seed))}
 
 def initial_checkpoint(config: RunConfig, workdir: pathlib.Path) -> pathlib.Path:
     """The model checkpoint that the config names, or its PyTorch parts imported into the workdir."""
-    init = config.init
-    if init.checkpoint:
-        return pathlib.Path(init.checkpoint)
-    directory = workdir / "init"
-    if not (directory / "model.json").exists():
+    init, directory = config.init, initial_folder(workdir, config)
+    if not init.checkpoint and not (directory / "model.json").exists():
         given = {name: pathlib.Path(getattr(init, name)) for name in ("vino", "mmdit", "vae", "vlm") if getattr(init, name)}
         if not given:
             raise UserError("config table 'init' names neither a checkpoint nor parts to import; set config.init.checkpoint=DIR")

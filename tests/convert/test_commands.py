@@ -173,6 +173,28 @@ def test_subsets_and_dtype(published, tmp_path, monkeypatch):
     assert command(monkeypatch, "verify", "--checkpoint", tmp_path / "vae", "--against", published / "hunyuan/vae") == 0
 
 
+def test_an_import_over_a_mesh_writes_the_same_in_shards(published, imported, tmp_path, monkeypatch):
+    assert command(monkeypatch, "import", "--output", tmp_path / "out", "--mesh", "fsdp=4,tensor=2", *everything(published, "whole.ckpt")) == 0
+    ours, theirs = checkpoint.read_info(tmp_path / "out"), checkpoint.read_info(imported)
+    assert ours.parts == theirs.parts
+    for part in theirs.parts:
+        same_bits(*(dict(checkpoint.iter_arrays(folder, part, info)) for folder, info in ((tmp_path / "out", ours), (imported, theirs))))
+    assert command(monkeypatch, "import", "--output", tmp_path / "more", "--mesh", "fsdp=5", *everything(published)) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("words", ["import", "export"])
+def test_a_full_disk_is_told_and_leaves_nothing(published, imported, tmp_path, words):
+    """A disk of 64 kB, mounted where only the command's own process sees it."""
+    given = ["--vlm", published / "qwen3vl"] if words == "import" else ["--checkpoint", imported, "--format", "diffusers"]
+    run = " ".join(map(str, [sys.executable, "-m", "launch.convert", words, "--output", tmp_path / "disk/out", *given]))
+    (tmp_path / "disk").mkdir()
+    mounted = f"mount -t tmpfs -o size=64k tmpfs {tmp_path}/disk && {{ {run}; echo $?; ls -A {tmp_path}/disk; }}"
+    done = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted], capture_output=True, text=True)
+    assert done.stdout.split() == ["2"], done.stderr
+    assert done.stderr.splitlines()[-1] == f"error: cannot write {tmp_path}/disk/out: No space left on device"
+
+
 def change_pickle(root, name, value):
     tensors = torch.load(root / "vino.ckpt")
     torch.save(tensors | {name: value}, root / "vino.ckpt")

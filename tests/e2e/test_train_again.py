@@ -10,10 +10,12 @@ import pytest
 
 from configs import common
 from configs.data import bucket
-from launch import train
+from launch import convert, train
 from tests.data.folders import SMALL_VLM
 from tests.train import tiny
 from vino_jax.checkpoint import model as model_checkpoint
+from vino_jax.checkpoint.run import complete_steps, read_leaves
+from vino_jax.convert.io import open_source
 from vino_jax.errors import UserError
 from vino_jax.train.config import run_config
 
@@ -131,3 +133,29 @@ def test_the_same_command_leaves_the_model_and_another_config_is_refused(finishe
         with pytest.raises(UserError, match=words + "; choose another workdir"):
             train.train(other, workdir, quiet=True)
     assert config_json.read_text() == stored and model_json.stat().st_mtime_ns == written
+
+
+def test_a_run_is_exported_as_its_model_is(finished, initial, tmp_path):
+    """The average as model/ holds it, the raw parameters as the last checkpoint does; what does not train as the start gave it."""
+    workdir, exported = finished.workdir, {}
+    for name, directory, weights in (("model", workdir / "model", "average"), ("average", workdir, "average"), ("raw", workdir, "raw")):
+        convert.export_parts(directory, tmp_path / name, "diffusers", weights=weights)
+        exported[name] = {f"{folder.name}/{key}": tensor for folder in (tmp_path / name).iterdir()
+                          for source in [open_source(folder)] for key, tensor in ((key, source.read(key)) for key in source.manifest)}
+    model, average, raw = exported["model"], exported["average"], exported["raw"]
+    assert model.keys() == average.keys() == raw.keys() and any(key.startswith("vlm/") for key in model)
+    same = {key for key in model if model[key].dtype == raw[key].dtype and model[key].tobytes() == raw[key].tobytes()}
+    assert all(model[key].dtype == average[key].dtype and model[key].tobytes() == average[key].tobytes() for key in model)
+    assert {key for key in model if key.startswith(("vlm/", "vae/", "vino/mm_encoder.connector.")) or "left.weight" in key
+            or key.startswith("transformer/time_text_embed.text_embedder")} == same
+    folder = workdir / "checkpoints" / "stage2"
+    (_, kernel), = read_leaves(folder, complete_steps(folder)[-1], ["trainable.mmdit.out.kernel"])
+    np.testing.assert_array_equal(raw["transformer/proj_out.weight"], kernel.T)
+    assert (tmp_path / "average/vlm/tokenizer.json").exists()
+
+
+def test_a_run_without_a_checkpoint_has_nothing_to_export(initial, processor, tmp_path):
+    train.claim(tmp_path / "run", config(initial, processor))
+    with pytest.raises(UserError, match="has no complete checkpoint yet"):
+        convert.export_parts(tmp_path / "run", tmp_path / "out", "vino")
+    assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,23 @@ class ModelInfo:
     parts: dict[str, PartInfo]
     sampling: dict[str, Any] = field(default_factory=dict)  # defaults of sampling that are this model's own
     trained: dict[str, int] = field(default_factory=dict)  # steps by stage of the training run that wrote it
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What an export reads, of a model checkpoint or of a training run: what there is, and how to read it, a little at a time."""
+
+    info: ModelInfo
+    arrays: Callable[[str], Iterator[tuple[str, np.ndarray]]]  # part -> (slash-joined path, array) of all its leaves
+    left_out: Callable[[str], dict[str, np.ndarray]]  # part -> see `read_left_out`
+    processor: Path  # its files, where there are any
+
+
+def weights(directory: str | Path) -> Weights:
+    """Of a model checkpoint. Raises UserError where there is no whole one."""
+    directory, info = Path(directory), read_info(directory)
+    return Weights(info, lambda part: iter_arrays(directory, part, info), lambda part: read_left_out(directory, part),
+                   directory / "processor")
 
 
 def save(directory: str | Path, parts: Mapping[str, Params | Leaves], config: VinoConfig,
@@ -129,13 +146,13 @@ def restore(directory: str | Path, abstract: Mapping[str, Params], config: VinoC
     return {name: nested(_read_part(directory / "arrays" / name, info.parts[name].leaves, leaves)) for name, leaves in read.items()}
 
 
-def iter_arrays(directory: str | Path, part: str, info: ModelInfo) -> Iterator[tuple[str, np.ndarray]]:
-    """(slash-joined path, array as it is stored) of a whole part, on the host, a group at a time."""
+def iter_arrays(directory: str | Path, part: str, info: ModelInfo, *, skip: Container[str] = ()) -> Iterator[tuple[str, np.ndarray]]:
+    """(slash-joined path, array as it is stored) of a whole part but its paths in `skip`, on the host, a group at a time."""
     stored = info.parts[part].leaves
     cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    for number in sorted({leaf.group for leaf in stored.values()}):
+    for number in sorted({leaf.group for path, leaf in stored.items() if path not in skip}):
         wanted = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype), sharding=cpu)
-                  for path, leaf in stored.items() if leaf.group == number}
+                  for path, leaf in stored.items() if leaf.group == number and path not in skip}
         for path, array in _read_part(Path(directory).absolute() / "arrays" / part, stored, wanted).items():
             yield path, np.asarray(array)
 

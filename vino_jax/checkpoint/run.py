@@ -4,17 +4,20 @@ A step is stored as a flat table {path of the leaf in the state's tree: array}, 
 NamedTuples, dataclasses, dicts) is taken from the abstract state at restore and need not be readable from disk.
 """
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from vino_jax.errors import UserError
 
+GROUP_BYTES = 1 << 30
 _STATE = "state"
 _DONE = "_CHECKPOINT_METADATA"  # the file that a complete step holds
 
@@ -22,6 +25,23 @@ _DONE = "_CHECKPOINT_METADATA"  # the file that a complete step holds
 def complete_steps(directory: str | Path) -> list[int]:
     """All complete steps of a run's checkpoints, oldest first, without opening them; none where there is no such directory."""
     return sorted(int(file.parent.name) for file in Path(directory).glob(f"*/{_DONE}") if file.parent.name.isdigit())
+
+
+def stored_leaves(directory: str | Path, step: int) -> dict[str, Any]:
+    """{dotted path in the state: what it is (shape, dtype)} of a complete step, of any run: nothing is changed there."""
+    return dict(ocp.checkpointables_metadata(Path(directory).absolute() / str(step)).metadata[_STATE])
+
+
+def read_leaves(directory: str | Path, step: int, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """(dotted path in the state, array on the host) of some arrays of a complete step, about GROUP_BYTES of them at a time."""
+    stored = stored_leaves(directory, step)
+    cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    targets = {path: jax.ShapeDtypeStruct(stored[path].shape, stored[path].dtype, sharding=cpu) for path in paths}
+    ends = np.cumsum([math.prod(target.shape) * target.dtype.itemsize for target in targets.values()]) // GROUP_BYTES
+    for group in np.unique(ends):
+        wanted = {path: target for (path, target), end in zip(targets.items(), ends) if end == group}
+        read = ocp.load_checkpointables(Path(directory).absolute() / str(step), {_STATE: dict.fromkeys(stored, ocp.PLACEHOLDER) | wanted})
+        yield from ((path, np.asarray(read[_STATE].pop(path))) for path in wanted)
 
 
 class RunCheckpoints:

@@ -157,7 +157,7 @@ def _open_safetensors(path: Path) -> _File:
 
 
 def _open_pickle(path: Path) -> TensorSource:
-    """A flat dict of tensors of torch.save, memory-mapped; nothing else in it is ever executed."""
+    """A flat dict of tensors of torch.save, or one under the key "module" (DeepSpeed), memory-mapped; nothing else in it is ever executed."""
     import torch
 
     try:
@@ -166,6 +166,8 @@ def _open_pickle(path: Path) -> TensorSource:
         raise UserError(f"{path} holds something other than plain tensors; it was not opened") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path} is cut off or no file of torch.save: {str(error).splitlines()[0]}") from None
+    if isinstance(tensors, dict) and isinstance(tensors.get("module"), dict):
+        tensors = tensors["module"]
     if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items()):
         raise UserError(f"{path} is no flat dict of tensors")
     kinds = {torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16,

@@ -1,17 +1,19 @@
 """The parts of the whole model on the PyTorch side: their tables, their names in vino.ckpt, and the folders that they come from."""
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vino_jax.convert import configs
 from vino_jax.convert.io import TensorSource, has_safetensors, open_source
 from vino_jax.convert.rules import Table
 from vino_jax.convert.tables.mmdit import MMDIT
 from vino_jax.convert.tables.qwen_vl import TABLE as QWEN_VL
+from vino_jax.convert.tables.tencent import as_diffusers
 from vino_jax.convert.tables.vae import table as vae_table
 from vino_jax.convert.tables.vino import CONNECTOR, QUERIES, VAE_CONNECTOR
 from vino_jax.errors import UserError
-from vino_jax.settings import VinoConfig, read_json
+from vino_jax.settings import MMDiTConfig, VAEConfig, VinoConfig, VLMConfig, read_json
 
 PARTS = ("mmdit", "connector", "vae_connector", "queries", "vlm", "vae")
 # What stands before a part's names in vino.ckpt; the VAE is not in it.
@@ -19,6 +21,8 @@ VINO_PREFIXES = {
     "mmdit": "transformer.", "connector": "mm_encoder.connector.", "vae_connector": "mm_encoder.connector_vae_branch.",
     "queries": "mm_encoder.metaquery", "vlm": "mm_encoder.mm_encoder.",
 }
+# How names begin in a single file of a part's weights; vino.ckpt's begin in none of these ways.
+_FILES = {"mmdit": ("x_embedder.", "img_in."), "vae": ("encoder.", "decoder."), "vlm": ("model.",)}
 # Files of a Qwen3-VL folder that are its tokenizer and processor.
 _PROCESSOR = ("tokenizer*", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
               "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
@@ -26,7 +30,7 @@ _PROCESSOR = ("tokenizer*", "preprocessor_config.json", "video_preprocessor_conf
 
 @dataclass(frozen=True)
 class Given:
-    """Where the user's parts lie; None where they were not given."""
+    """Where the user's parts lie, folders or single files of weights; None where they were not given."""
 
     vino: Path | None = None
     mmdit: Path | None = None
@@ -61,27 +65,27 @@ def find(given: Given, queries: int) -> Found:
 
     Raises UserError for absent or damaged files, unsupported configs, and names in vino.ckpt that belong to no part.
     """
-    mmdit = _folder(given.mmdit, "transformer", "--mmdit")
-    vae = _folder(given.vae, "vae", "--vae")
-    vlm = _folder(given.vlm, "", "--vlm")
+    mmdit = _place(given.mmdit, "transformer", "--mmdit")
+    vae = _place(given.vae, "vae", "--vae")
+    vlm = _place(given.vlm, "", "--vlm")
     vino = open_source(given.vino) if given.vino else None
     sources = _split(vino) if vino else {}
-    config = configs.compose(configs.read_mmdit(mmdit) if mmdit else None, configs.read_vae(vae) if vae else None,
-                             configs.read_vlm(vlm) if vlm else None, vino.manifest if vino else {}, queries)
+    config = configs.compose(_config(mmdit, configs.read_mmdit, MMDiTConfig), _config(vae, configs.read_vae, VAEConfig),
+                             _config(vlm, configs.read_vlm, VLMConfig), vino.manifest if vino else {}, queries)
     if "vlm" in sources and vlm is None:
         raise UserError(f"{given.vino} holds the VLM but not its config; give its folder with --vlm")
     notes = []
-    for part, folder in (("mmdit", mmdit), ("vae", vae), ("vlm", vlm)):
-        if folder is None:
+    for part, place in (("mmdit", mmdit), ("vae", vae), ("vlm", vlm)):
+        if place is None:
             continue
         if part in sources:
-            if has_safetensors(folder):
-                notes.append(f"{part}: taken from {given.vino}, the weights in {folder} are not used")
+            if place.is_file() or has_safetensors(place):
+                notes.append(f"{part}: taken from {given.vino}, the weights in {place} are not used")
         else:
-            sources[part] = open_source(folder)
+            sources[part] = as_diffusers(open_source(place)) if part == "mmdit" else open_source(place)
     if not sources:
         raise UserError("nothing to convert: give at least one of --vino, --mmdit, --vae, --vlm")
-    files = processor_files(vlm) if vlm else ()
+    files = processor_files(vlm if vlm.is_dir() else vlm.parent) if vlm else ()
     return Found(config, {part: sources[part] for part in PARTS if part in sources}, files, tuple(notes))
 
 
@@ -91,7 +95,8 @@ def processor_files(folder: Path) -> tuple[Path, ...]:
 
 
 def classify(paths: list[Path]) -> Given:
-    """Which part each path is: a HunyuanVideo folder, one of its parts, a Qwen3-VL folder, or (a folder of) vino.ckpt."""
+    """Which part each path is: a HunyuanVideo folder, one of its parts, a Qwen3-VL folder, or (a folder of) vino.ckpt; a single file is
+    of the part whose names it has."""
     given: dict[str, Path] = {}
     for path in paths:
         kinds = _kinds(path)
@@ -108,6 +113,9 @@ def _kinds(path: Path) -> list[str]:
     folders = [part for part, name in (("mmdit", "transformer"), ("vae", "vae")) if (path / name / "config.json").is_file()]
     if folders:
         return folders
+    if path.is_file():
+        names = open_source(path).manifest
+        return [part for part, start in _FILES.items() if any(name.startswith(start) for name in names)][:1] or ["vino"]
     if not (path / "config.json").is_file():
         return ["vino"]
     data = read_json(path / "config.json")
@@ -118,13 +126,20 @@ def _kinds(path: Path) -> list[str]:
     return [known[kind]]
 
 
-def _folder(path: Path | None, inner: str, option: str) -> Path | None:
-    """The folder of a part itself, given it or the HunyuanVideo folder around it."""
+def _place(path: Path | None, inner: str, option: str) -> Path | None:
+    """The folder of a part itself, given it or the HunyuanVideo folder around it; or the file."""
     if path is None:
         return None
-    if not path.is_dir():
-        raise UserError(f"{option} {path} is no folder")
+    if not path.exists():
+        raise UserError(f"{option} {path} does not exist")
     return path / inner if inner and (path / inner).is_dir() else path
+
+
+def _config(place: Path | None, read: Callable[[Path], Any], published: Callable[[], Any]) -> Any:
+    """Of a folder its config.json; of a file the one beside it, else the published sizes, which the plan compares with the shapes."""
+    if place is None or place.is_dir():
+        return read(place) if place else None
+    return read(place.parent) if (place.parent / "config.json").is_file() else published()
 
 
 def _split(vino: TensorSource) -> dict[str, TensorSource]:

@@ -74,8 +74,13 @@ def initial_params(vino: Vino, directory: str | Path, stages: list[StageConfig],
 
     placed = kept({name: jax.tree.map(lambda struct: struct.sharding, structs[name]) for name in fresh})
     if placed:
-        params |= jax.jit(lambda key: kept(vino.init(key, fresh)), out_shardings=placed)(jax.random.fold_in(jax.random.key(seed), _FRESH))
+        params |= jax.jit(lambda key: kept(vino.init(key, fresh)), out_shardings=placed)(fresh_key(seed))
     return {name: params[name] for name in vino.parts if name in params}
+
+
+def fresh_key(seed: int) -> jax.Array:
+    """The key of the parameters that no checkpoint gives."""
+    return jax.random.fold_in(jax.random.key(seed), _FRESH)
 
 
 def held_paths(vino: Vino, stages: list[StageConfig]) -> dict[str, str]:

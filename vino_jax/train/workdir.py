@@ -21,6 +21,16 @@ def checkpoints_folder(workdir: Path, stage: str) -> Path:
     return workdir / "checkpoints" / stage
 
 
+def is_run(directory: Path) -> bool:
+    """Whether it is a training run's directory (a model checkpoint is none)."""
+    return (directory / "config.json").is_file() and not (directory / "model.json").exists()
+
+
+def initial_folder(workdir: Path, config: RunConfig) -> Path:
+    """The model checkpoint that the run starts from: the config's, or that of its imported parts."""
+    return Path(config.init.checkpoint) if config.init.checkpoint else workdir / "init"
+
+
 def steps_done(workdir: Path, stages: Iterable[str]) -> dict[str, int]:
     """Steps of the newest complete checkpoint by stage, 0 where a stage has none."""
     return {name: max(complete_steps(checkpoints_folder(workdir, name)), default=0) for name in stages}
