@@ -6,13 +6,16 @@
 """
 import argparse
 import dataclasses
+import gc
 import json
+import math
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -35,11 +38,14 @@ from vino_jax.train.weights import run_weights
 from vino_jax.train.workdir import is_run
 
 DTYPES = ("float32", "bfloat16")
+_COMPARED = 1 << 24  # elements at a time
+T = TypeVar("T")
 
 
 def main() -> None:
     args = vars(_parser().parse_args())
     command = args.pop("command")
+    gc.freeze()  # what was imported is no garbage: collections after each group of arrays are cheap
     if not args.get("mesh"):
         jax.config.update("jax_platforms", "cpu")  # conversion leaves accelerators to others
     command(**args)
@@ -97,18 +103,33 @@ def import_parts(output: Path, given: parts.Given, *, queries: int, dtype: str |
     plans = _plans(vino, found, dict.fromkeys(found.sources, dtype))
     engine.check(plans)
     placed = {part: by_path(shardings(vino.abstract[part], vino.axes[part], *on)) if on else None for part in plans}
-    sums: dict[tuple[Path, ...], str] = {}
-    for source in found.sources.values():
-        if source.files not in sums:
-            _say(f"hashing {source.label}")
-            sums[source.files] = source.sha256()
-    info = {part: {"source": source.label, "sha256": sums[source.files]} for part, source in found.sources.items()}
     left_out: dict[str, dict[str, np.ndarray]] = {part: {} for part in plans}
-    trees = {part: _told(part, plan, _placed(engine.import_leaves(plan, found.sources[part], left_out[part]), placed[part]))
-             for part, plan in plans.items()}
-    model_checkpoint.save(output, trees, found.config, info, found.processor_files, left_out)
+    info: dict[str, dict[str, str]] = {}
+    with ThreadPoolExecutor(1) as pool:  # files are hashed while they are converted
+        sums = {source.files: pool.submit(source.sha256) for source in found.sources.values()}
+
+        def leaves(part: str) -> Iterator[tuple[str, Any]]:
+            source = found.sources[part]
+            yield from _told(part, plans[part], _placed(_ahead(engine.import_leaves(plans[part], source, left_out[part])), placed[part]))
+            info[part] = {"source": source.label, "sha256": sums[source.files].result()}
+
+        try:
+            model_checkpoint.save(output, {part: leaves(part) for part in plans}, found.config, info, found.processor_files, left_out)
+        finally:
+            pool.shutdown(cancel_futures=True)
     for part, entry in model_checkpoint.read_info(output).parts.items():
         _say(f"{part}: {entry.parameters:,} parameters, {entry.dtype}, from {entry.source}")
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each made in a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        none = object()
+        coming = pool.submit(next, items, none)
+        while (item := coming.result()) is not none:
+            coming = pool.submit(next, items, none)
+            yield item
+            del item
 
 
 def _placed(leaves: Iterator[tuple[str, np.ndarray]], shardings_: Mapping[str, NamedSharding] | None) -> Iterator[tuple[str, Any]]:
@@ -168,7 +189,7 @@ def _export_folder(given: model_checkpoint.Weights, output: Path, members: list[
     manifest = {named(part, name): entry for part in members for name, entry in manifests[part].items()}
     manifest |= {named(part, name): (array.shape, array.dtype) for part in members for name, array in left_out[part].items()}
     writer = SafetensorsWriter(output, manifest, "diffusion_pytorch_model" if kind in ("transformer", "vae") else "model")
-    for name, array in tensors():
+    for name, array in _ahead(tensors()):
         writer.write(name, array)
     writer.close()
     _write_config(given, output, kind)
@@ -203,20 +224,31 @@ def verify_parts(checkpoint: Path, against: Sequence[Path]) -> None:
         for path, array in _told(part, plan, model_checkpoint.iter_arrays(checkpoint, part, info)):
             for name, ours in engine.export_leaf(entries[path], array):
                 count += 1
-                if not _same(ours, source.read(name)):
+                if not _same(ours, source, name):
                     different.append(f"{part} {name}")
         kept = model_checkpoint.read_left_out(checkpoint, part)
         for name in plan.left_out:
             count += 1
-            if name not in kept or not _same(kept[name], source.read(name)):
+            if name not in kept or not _same(kept[name], source, name):
                 different.append(f"{part} {name}")
     if different:
         raise UserError(f"{len(different)} of {count} tensors differ: {', '.join(different)}")
     print(f"{count} tensors of {', '.join(plans)} are identical")
 
 
-def _same(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    return ours.shape == theirs.shape and ours.tobytes() == theirs.astype(ours.dtype, copy=False).tobytes()
+def _same(ours: np.ndarray, source: engine.Source, name: str) -> bool:
+    """Whether the tensor, cast to the dtype of ours, has the same bits; some rows at a time."""
+    shape, kind = source.manifest[name]
+    if ours.shape != shape:
+        return False
+    bits, step = f"u{ours.dtype.itemsize}", max(1, _COMPARED // max(1, math.prod(shape[1:])))
+    for first in range(0, shape[0] if shape else 1, step):
+        mine = ours[first:first + step] if shape else ours
+        theirs = np.empty(mine.shape, kind)
+        source.read_into(name, theirs, first)
+        if not np.array_equal(np.ascontiguousarray(mine).view(bits), theirs.astype(ours.dtype, copy=False).view(bits)):
+            return False
+    return True
 
 
 def _plans(vino: Vino, found: parts.Found, dtypes: Mapping[str, str | None]) -> dict[str, engine.Plan]:

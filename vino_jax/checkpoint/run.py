@@ -3,6 +3,7 @@
 A step is stored as a flat table {path of the leaf in the state's tree: array}, so that what holds the leaves (optax's
 NamedTuples, dataclasses, dicts) is taken from the abstract state at restore and need not be readable from disk.
 """
+import gc
 import json
 import math
 import shutil
@@ -17,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from vino_jax.errors import UserError
 
-GROUP_BYTES = 1 << 30
+GROUP_BYTES = 1 << 28  # that are read at a time by `read_leaves`
 _STATE = "state"
 _DONE = "_CHECKPOINT_METADATA"  # the file that a complete step holds
 
@@ -33,7 +34,7 @@ def stored_leaves(directory: str | Path, step: int) -> dict[str, Any]:
 
 
 def read_leaves(directory: str | Path, step: int, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """(dotted path in the state, array on the host) of some arrays of a complete step, about GROUP_BYTES of them at a time."""
+    """(dotted path in the state, array on the host) of some arrays of a complete step, about GROUP_BYTES at a time."""
     stored = stored_leaves(directory, step)
     cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     targets = {path: jax.ShapeDtypeStruct(stored[path].shape, stored[path].dtype, sharding=cpu) for path in paths}
@@ -42,6 +43,7 @@ def read_leaves(directory: str | Path, step: int, paths: Sequence[str]) -> Itera
         wanted = {path: target for (path, target), end in zip(targets.items(), ends) if end == group}
         read = ocp.load_checkpointables(Path(directory).absolute() / str(step), {_STATE: dict.fromkeys(stored, ocp.PLACEHOLDER) | wanted})
         yield from ((path, np.asarray(read[_STATE].pop(path))) for path in wanted)
+        gc.collect()  # see iter_arrays of checkpoint/model.py
 
 
 class RunCheckpoints:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -17,6 +18,7 @@ from vino_jax.errors import UserError
 from vino_jax.nn.module import by_path
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+_PIECE = 1 << 18  # elements
 Manifest = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # PyTorch name -> (shape, dtype)
 
 
@@ -26,6 +28,8 @@ class Source(Protocol):
     manifest: Manifest
 
     def read(self, name: str) -> np.ndarray: ...
+
+    def read_into(self, name: str, out: np.ndarray, first: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -93,19 +97,44 @@ def check(plans: Mapping[str, Plan]) -> None:
 def import_leaves(plan: Plan, source: Source, left_out: MutableMapping[str, np.ndarray] | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """(our path, array) of every leaf, read one at a time; what the table leaves out is put into `left_out`.
 
+    An array is a view of what was read, in the order of PyTorch's layout: whoever needs it in C order says so (`contiguous`).
     Raises UserError for a tensor that holds NaN.
     """
     for entry in plan.entries:
-        if entry.stacked:
-            leaf = np.empty(entry.shape, entry.dtype)
-            for i, name in enumerate(entry.names):
-                leaf[i] = _converted(source, name, entry)
-        else:
-            leaf = np.ascontiguousarray(_converted(source, entry.names[0], entry))
-        yield entry.path, leaf
-        del leaf
+        yield entry.path, _leaf(entry, source)
     for name in plan.left_out if left_out is not None else ():
-        left_out[name] = np.array(source.read(name))
+        left_out[name] = source.read(name)
+
+
+def _leaf(entry: Entry, source: Source) -> np.ndarray:
+    if not entry.names:  # a stack without layers
+        return np.empty(entry.shape, entry.dtype)
+    kind = source.manifest[entry.names[0]][1]
+    read = np.empty((len(entry.names), *entry.torch_shape), kind)
+    for i, name in enumerate(entry.names):
+        layer = read[i, ...]
+        source.read_into(name, layer, 0)
+        if _has_nan(layer):
+            raise UserError(f"{name} holds NaN")
+    layers = [entry.op.to_jax(layer) for layer in read.astype(entry.dtype, copy=False)]
+    if not entry.stacked:
+        return layers[0]
+    # operations only look at what is there in another order, so that views of equal layers, one behind the other, are one view
+    step = read.strides[0] // kind.itemsize * entry.dtype.itemsize
+    return np.lib.stride_tricks.as_strided(layers[0], entry.shape, (step, *layers[0].strides), writeable=False)
+
+
+def _has_nan(array: np.ndarray) -> bool:
+    """A piece that fits in the cache at a time; of bfloat16, which numpy does not know, by its bits."""
+    flat = array.reshape(-1)
+    if array.dtype == DTYPES["bfloat16"]:
+        return any((flat[i:i + _PIECE].view(np.uint16) & 0x7FFF).max() > 0x7F80 for i in range(0, flat.size, _PIECE))
+    return any(np.isnan(flat[i:i + _PIECE]).any() for i in range(0, flat.size, _PIECE))
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array in C order: itself, or a copy by JAX's CPU client, whose transposition is some five times as fast as numpy's."""
+    return array if array.flags.c_contiguous else np.asarray(jax.device_put(array, jax.local_devices(backend="cpu")[0]))
 
 
 def export_manifest(table: Table, leaves: Mapping[str, Any], kernel: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -131,7 +160,7 @@ def export_manifest(table: Table, leaves: Mapping[str, Any], kernel: tuple[int, 
 def export_leaf(entry: Entry, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """(PyTorch name, array) of the tensors of one leaf, contiguous."""
     for name, array in zip(entry.names, leaf if entry.stacked else [leaf]):
-        yield name, np.ascontiguousarray(entry.op.to_torch(array, entry.torch_shape))
+        yield name, contiguous(entry.op.to_torch(array, entry.torch_shape))
 
 
 def export_tensors(plan: Plan, leaves: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
@@ -168,9 +197,3 @@ def _mismatch(name: str, found: tuple[tuple[int, ...], np.dtype], op: Op, shape:
         return [f"{name} has shape {list(torch_shape)}, which does not fill {path} {list(shape)}"]
     return []
 
-
-def _converted(source: Source, name: str, entry: Entry) -> np.ndarray:
-    array = source.read(name)
-    if np.isnan(array).any():
-        raise UserError(f"{name} holds NaN")
-    return entry.op.to_jax(array.astype(entry.dtype, copy=False))

@@ -18,6 +18,7 @@ from vino_jax.errors import UserError
 from vino_jax.settings import read_json
 
 SHARD_BYTES = 5 * 10**9  # as huggingface_hub cuts
+_READ_BYTES = 1 << 30  # of one system call, which takes less than 2 GB
 # Names of the format -> numpy; what is not here is refused by name.
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
            "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
@@ -27,21 +28,27 @@ _NAMES = {np.dtype(kind): name for name, kind in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Tensors of some files, by name. label: for messages and records; files: what was given."""
+    """Tensors of some files, by name. label: for messages and records; files: what was given.
+
+    read_into(name, out, first): fill `out` (C order, the tensor's dtype) with its rows from `first` on, as many as `out` has; a tensor
+    without dims is one row.
+    """
 
     label: str
     files: tuple[Path, ...]
     manifest: Manifest
-    _read: Callable[[str], np.ndarray]
+    read_into: Callable[[str, np.ndarray, int], None]
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor; it may be a view of the file."""
-        return self._read(name)
+        """One tensor."""
+        out = np.empty(*self.manifest[name])
+        self.read_into(name, out, 0)
+        return out
 
     def select(self, names: Mapping[str, str]) -> "TensorSource":
         """The tensors named, under other names: {new name: name here}."""
         manifest = {new: self.manifest[name] for new, name in names.items()}
-        return TensorSource(self.label, self.files, manifest, lambda new: self._read(names[new]))
+        return TensorSource(self.label, self.files, manifest, lambda new, out, first: self.read_into(names[new], out, first))
 
     def sha256(self) -> str:
         """Of the file, or, where there are several, of the lines `<sha256>  <name>` in the order of their names."""
@@ -116,18 +123,21 @@ def _merge(label: str, files: Iterable[_File]) -> TensorSource:
                 raise UserError(f"{label} has {name} twice: in {where[name].path.name} and {file.path.name}")
             where[name] = file
 
-    def read(name: str) -> np.ndarray:
+    def read_into(name: str, out: np.ndarray, first: int) -> None:
         shape, kind, offset = where[name].tensors[name]
         try:  # a read and not a memory map: the peak stays one tensor, and a file that shrinks is an error and no SIGBUS
-            array = np.fromfile(where[name].path, kind, math.prod(shape), offset=offset)
+            with open(where[name].path, "rb", buffering=0) as f:
+                f.seek(offset + first * math.prod(shape[1:]) * kind.itemsize)
+                left = memoryview(out.reshape(-1).view(np.uint8))
+                while count := f.readinto(left[:_READ_BYTES]):
+                    left = left[count:]
         except OSError as error:
             raise UserError(f"{where[name].path} cannot be read: {error.strerror or error}") from None
-        if array.size != math.prod(shape):
+        if left:
             raise UserError(f"{where[name].path} ended within {name}")
-        return array.reshape(shape)
 
     manifest = {name: file.tensors[name][:2] for name, file in where.items()}
-    return TensorSource(label, tuple(sorted({file.path for file in where.values()})), manifest, read)
+    return TensorSource(label, tuple(sorted({file.path for file in where.values()})), manifest, read_into)
 
 
 def _open_safetensors(path: Path) -> _File:
@@ -176,14 +186,13 @@ def _open_pickle(path: Path) -> TensorSource:
         if tensor.dtype not in kinds or tensor.layout != torch.strided:
             raise UserError(f"{path}: {name} is {tensor.dtype} {tensor.layout}, which is not supported")
 
-    def read(name: str) -> np.ndarray:
-        tensor = tensors[name].detach().contiguous()
-        if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
+    def read_into(name: str, out: np.ndarray, first: int) -> None:
+        tensor = tensors[name].detach()
+        array = tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+        out[...] = array[first:first + len(out)] if array.ndim else array
 
     manifest = {name: (tuple(t.shape), np.dtype(kinds[t.dtype])) for name, t in tensors.items()}
-    return TensorSource(str(path), (path,), manifest, read)
+    return TensorSource(str(path), (path,), manifest, read_into)
 
 
 class SafetensorsWriter:

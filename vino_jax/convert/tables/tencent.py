@@ -78,15 +78,20 @@ def as_diffusers(source: TensorSource) -> TensorSource:
         block = re.search(r"(?<=blocks\.)\d+", stem)
         for view, rows in NAMES.get(stem.replace(f"blocks.{block[0]}.", "blocks.{i}.", 1) if block else stem, {stem: _all}).items():
             views[f"{view.replace('{i}', block[0]) if block else view}.{leaf}"] = name, rows(shape[0] if shape else 0, width)
-    return TensorSource(source.label, source.files, {view: _viewed(source, *of) for view, of in views.items()},
-                        lambda view: _read(source, *views[view]))
+
+    def read_into(view: str, out: np.ndarray, first: int) -> None:
+        name, parts = views[view]
+        before = 0  # rows of the view in the parts before
+        for part in parts:
+            rows = part.stop - part.start
+            low, high = max(first - before, 0), min(first + len(out) - before, rows)
+            if low < high:
+                source.read_into(name, out[before + low - first:before + high - first], part.start + low)
+            before += rows
+
+    return TensorSource(source.label, source.files, {view: _shape(source, *of) for view, of in views.items()}, read_into)
 
 
-def _viewed(source: TensorSource, name: str, rows: list[slice]) -> tuple[tuple[int, ...], np.dtype]:
+def _shape(source: TensorSource, name: str, rows: list[slice]) -> tuple[tuple[int, ...], np.dtype]:
     shape, kind = source.manifest[name]
-    return ((sum(len(range(*part.indices(shape[0]))) for part in rows), *shape[1:]) if shape else shape), kind
-
-
-def _read(source: TensorSource, name: str, rows: list[slice]) -> np.ndarray:
-    array = source.read(name)
-    return array[rows[0]] if len(rows) == 1 else np.concatenate([array[part] for part in rows])
+    return (sum(part.stop - part.start for part in rows), *shape[1:]) if shape else shape, kind
