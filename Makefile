@@ -8,7 +8,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO ?= runs/demo
 DEMO_FLAGS ?=
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+# Files go to two workers in their order: those of e2e, which take longest, first.
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint env env-test clean
 
@@ -31,7 +32,7 @@ demo: env
 
 test: env-test
 	@echo "== tests on 8 virtual CPU devices"
-	JAX_PLATFORMS=cpu $(RUN) -m pytest tests $(PYTEST_FLAGS)
+	JAX_PLATFORMS=cpu $(RUN) -m pytest tests/e2e tests $(PYTEST_FLAGS)
 
 lint: env-test
 	$(RUN) -m ruff check .
