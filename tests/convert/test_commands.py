@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from launch import cli, convert
 from vino_jax.checkpoint import model as checkpoint
@@ -143,6 +144,19 @@ def test_diffusers_layout_opens_and_is_the_same(published, imported, tmp_path, m
     given = ["--vino", out / "vino", "--mmdit", out, "--vae", out, "--vlm", out / "vlm"]
     assert command(monkeypatch, "import", "--output", again, *given) == 0
     assert checkpoint.read_info(again).config == checkpoint.read_info(imported).config
+
+
+def test_all_in_bfloat16_round_trips(published, tmp_path, monkeypatch):
+    source = tmp_path / "in"
+    shutil.copytree(published, source)
+    torch.save({name: x.to(torch.bfloat16) for name, x in torch.load(source / "whole.ckpt").items()}, source / "whole.ckpt")
+    vae = {name: torch.from_numpy(x).to(torch.bfloat16) for name, x in content(source / "hunyuan/vae").items()}
+    save_file(vae, source / "hunyuan/vae/diffusion_pytorch_model.safetensors")
+    assert command(monkeypatch, "import", "--output", tmp_path / "model", *everything(source, "whole.ckpt")) == 0
+    assert {part.dtype for part in checkpoint.read_info(tmp_path / "model").parts.values()} == {"bfloat16"}
+    for layout, ours, theirs in (("vino", "", "whole.ckpt"), ("diffusers", "vae", "hunyuan/vae")):
+        assert command(monkeypatch, "export", "--checkpoint", tmp_path / "model", "--output", tmp_path / layout, "--format", layout) == 0
+        same_bits(content(tmp_path / layout / ours), content(source / theirs))
 
 
 def test_export_casts_to_the_dtype_asked(published, imported, tmp_path, monkeypatch):

@@ -139,7 +139,11 @@ def test_pickle_both_ways_and_refused_if_not_plain(tmp_path):
     import torch
 
     arrays = tensors() | {"half": tensors(ml_dtypes.bfloat16)["conv.weight"]}
-    write_pickle(tmp_path / "vino.ckpt", arrays.items())
+    write(tmp_path / "files", arrays | {"scalar": np.float32(3.0).reshape(()), "empty": np.zeros((0, 3), np.float16)})
+    write_pickle(tmp_path / "vino.ckpt", tmp_path / "files")
+    assert float(torch.load(tmp_path / "vino.ckpt")["scalar"]) == 3.0 and torch.load(tmp_path / "vino.ckpt")["empty"].shape == (0, 3)
+    write(tmp_path / "plain", arrays)
+    write_pickle(tmp_path / "vino.ckpt", tmp_path / "plain")
     opened = open_source(tmp_path / "vino.ckpt")
     assert opened.manifest == manifest(arrays)
     same_bits({name: opened.read(name) for name in opened.manifest}, arrays)

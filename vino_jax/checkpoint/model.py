@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,23 +197,28 @@ def nested(flat: Mapping[str, Any]) -> Params:
 
 
 def _write_part(folder: Path, leaves: Leaves) -> dict[str, Leaf]:
+    """The leaves in groups, each written while the next is gathered."""
     described: dict[str, Leaf] = {}
     group: dict[str, Any] = {}
     size, count, cpu = 0, 0, jax.local_devices(backend="cpu")[0]
-    for path, array in leaves:
-        if path in described:
-            raise ValueError(f"{path} was given twice")
-        if group and size + array.nbytes > GROUP_BYTES:
+    with ThreadPoolExecutor(1) as pool:
+        saving = pool.submit(lambda: None)
+        for path, array in leaves:
+            if path in described:
+                raise ValueError(f"{path} was given twice")
+            if group and size + array.nbytes > GROUP_BYTES:
+                saving.result()
+                saving = pool.submit(_save, folder / str(count), group)
+                group, size, count = {}, 0, count + 1
+            described[path] = Leaf(tuple(array.shape), jnp.dtype(array.dtype).name, count if array.size else -1)
+            if array.size:  # Orbax cannot store arrays without elements
+                # JAX brings an array into C order, as it is written, several times as fast as numpy would
+                group[path] = jax.device_put(array, cpu) if isinstance(array, np.ndarray) else array
+                size += array.nbytes
+            del array
+        saving.result()
+        if group:
             _save(folder / str(count), group)
-            group, size, count = {}, 0, count + 1
-        described[path] = Leaf(tuple(array.shape), jnp.dtype(array.dtype).name, count if array.size else -1)
-        if array.size:  # Orbax cannot store arrays without elements
-            # JAX brings an array into C order, as it is written, several times as fast as numpy would
-            group[path] = jax.device_put(array, cpu) if isinstance(array, np.ndarray) else array
-            size += array.nbytes
-        del array
-    if group:
-        _save(folder / str(count), group)
     return described
 
 

@@ -18,7 +18,7 @@ from vino_jax.errors import UserError
 from vino_jax.nn.module import by_path
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
-_PIECE = 1 << 18  # elements
+_PIECE = 1 << 19  # elements
 Manifest = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # PyTorch name -> (shape, dtype)
 
 

@@ -18,6 +18,7 @@ from vino_jax.errors import UserError
 from vino_jax.settings import read_json
 
 SHARD_BYTES = 5 * 10**9  # as huggingface_hub cuts
+_HASH_BYTES = 1 << 24  # at a time: between two blocks the thread waits for Python's lock, which busy ones hold for milliseconds
 _READ_BYTES = 1 << 30  # of one system call, which takes less than 2 GB
 # Names of the format -> numpy; what is not here is refused by name.
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
@@ -52,10 +53,13 @@ class TensorSource:
 
     def sha256(self) -> str:
         """Of the file, or, where there are several, of the lines `<sha256>  <name>` in the order of their names."""
-        sums = []
+        sums, block = [], memoryview(bytearray(_HASH_BYTES))
         for file in sorted(self.files):
-            with open(file, "rb") as f:
-                sums.append((hashlib.file_digest(f, "sha256").hexdigest(), file.name))
+            digest = hashlib.sha256()
+            with open(file, "rb", buffering=0) as f:
+                while count := f.readinto(block):
+                    digest.update(block[:count])
+            sums.append((digest.hexdigest(), file.name))
         if len(sums) == 1:
             return sums[0][0]
         return hashlib.sha256("".join(f"{digest}  {name}\n" for digest, name in sums).encode()).hexdigest()
@@ -246,13 +250,14 @@ class SafetensorsWriter:
             raise ValueError(f"{len(self._left)} tensors were never written: {', '.join(sorted(self._left)[:3])}")
 
 
-def write_pickle(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """A flat dict of tensors as torch.save writes it. All of them are held in memory."""
+def write_pickle(path: Path, folder: Path) -> None:
+    """The tensors of a folder of safetensors as torch.save writes a flat dict of them; their pages are read from the files as they are
+    written, so that none need be in memory."""
     import torch
 
-    def tensor(array: np.ndarray) -> "torch.Tensor":
-        if array.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(np.array(array).view(np.uint16)).view(torch.bfloat16)
-        return torch.from_numpy(np.array(array))
+    def tensor(file: Path, shape: tuple[int, ...], kind: np.dtype, offset: int) -> "torch.Tensor":
+        array = np.memmap(file, kind, "c", offset, shape) if math.prod(shape) else np.empty(shape, kind)
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16) if kind == ml_dtypes.bfloat16 else torch.from_numpy(array)
 
-    torch.save({name: tensor(array) for name, array in tensors}, path)
+    files = [_open_safetensors(file) for file in sorted(folder.glob("*.safetensors"))]
+    torch.save({name: tensor(file.path, *found) for file in files for name, found in file.tensors.items()}, path)
