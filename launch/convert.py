@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -116,8 +117,10 @@ def import_parts(output: Path, given: parts.Given, *, queries: int, dtype: str |
     placed = {part: by_path(shardings(vino.abstract[part], vino.axes[part], *on)) if on else None for part in plans}
     left_out: dict[str, dict[str, np.ndarray]] = {part: {} for part in plans}
     info: dict[str, dict[str, str]] = {}
+    stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:  # files are hashed while they are converted
-        sums = {source.files: pool.submit(source.sha256) for source in found.sources.values()}
+        given_files = {source.files: source for source in found.sources.values()}  # one file may hold several parts
+        sums = {files: pool.submit(source.sha256, stop) for files, source in given_files.items()}
 
         def leaves(part: str) -> Iterator[tuple[str, Any]]:
             source = found.sources[part]
@@ -127,7 +130,7 @@ def import_parts(output: Path, given: parts.Given, *, queries: int, dtype: str |
         try:
             model_checkpoint.save(output, {part: leaves(part) for part in plans}, found.config, info, found.processor_files, left_out)
         finally:
-            pool.shutdown(cancel_futures=True)
+            stop.set()
     for part, entry in model_checkpoint.read_info(output).parts.items():
         _say(f"{part}: {entry.parameters:,} parameters, {entry.dtype}, from {entry.source}")
 

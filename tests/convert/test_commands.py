@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from launch import cli, convert
 from vino_jax.checkpoint import model as checkpoint
 from vino_jax.convert import configs, engine, parts
-from vino_jax.convert.io import open_source
+from vino_jax.convert.io import TensorSource, open_source
 from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
 from vino_jax.nn.module import by_path
@@ -110,6 +110,19 @@ def test_import_records_architecture_sources_and_processor(published, imported):
     files = sorted(p.name for p in checkpoint.processor_folder(imported).iterdir())
     assert files == ["preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
     checkpoint.restore(imported, Vino(info.config, Runtime()).abstract, info.config)
+
+
+def test_each_file_is_hashed_once(published, tmp_path, monkeypatch):
+    hashed, sha256 = [], TensorSource.sha256
+    monkeypatch.setattr(TensorSource, "sha256", lambda self, stop: hashed.append(Path(self.label).name) or sha256(self, stop))
+    assert command(monkeypatch, "import", "--output", tmp_path / "out", *everything(published, "whole.ckpt")) == 0
+    assert sorted(hashed) == ["vae", "whole.ckpt"]
+
+
+def test_a_folder_that_is_neither_checkpoint_nor_run_is_told(published, tmp_path, monkeypatch, capsys):
+    given = ["--checkpoint", published / "qwen3vl", "--output", tmp_path / "out", "--format", "vino"]
+    assert command(monkeypatch, "export", *given) == 2
+    assert capsys.readouterr().err.endswith("qwen3vl is no model checkpoint: it has no model.json\n")
 
 
 def test_vino_layout_round_trip(published, imported, tmp_path, monkeypatch, capsys):

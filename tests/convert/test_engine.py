@@ -1,5 +1,6 @@
 """The engine on a toy part: coverage on both sides in one list, round trips to the bit, and the readers and writers of files."""
 import json
+import threading
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -132,7 +133,7 @@ def test_safetensors_both_ways_with_the_library_as_witness(tmp_path, monkeypatch
     same_bits({name: x for file in files for name, x in load_file(file).items()}, arrays)
     opened = open_source(tmp_path / "out")
     same_bits({name: opened.read(name) for name in opened.manifest}, arrays)
-    assert opened.manifest == manifest(arrays) and len(opened.sha256()) == 64
+    assert opened.manifest == manifest(arrays) and len(opened.sha256(threading.Event())) == 64
 
 
 def test_pickle_both_ways_and_refused_if_not_plain(tmp_path):

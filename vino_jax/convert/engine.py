@@ -116,12 +116,14 @@ def _leaf(entry: Entry, source: Source) -> np.ndarray:
         source.read_into(name, layer, 0)
         if _has_nan(layer):
             raise UserError(f"{name} holds NaN")
-    layers = [entry.op.to_jax(layer) for layer in read.astype(entry.dtype, copy=False)]
+    stack = read.astype(entry.dtype, copy=False)
+    first = entry.op.to_jax(stack[0, ...])
     if not entry.stacked:
-        return layers[0]
+        return first
     # operations only look at what is there in another order, so that views of equal layers, one behind the other, are one view
-    step = read.strides[0] // kind.itemsize * entry.dtype.itemsize
-    return np.lib.stride_tricks.as_strided(layers[0], entry.shape, (step, *layers[0].strides), writeable=False)
+    if not np.may_share_memory(first, stack):
+        raise ValueError(f"operation {entry.op.name} copies")
+    return np.lib.stride_tricks.as_strided(first, entry.shape, (stack.strides[0], *first.strides), writeable=False)
 
 
 def _has_nan(array: np.ndarray) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import pickle
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,13 +52,14 @@ class TensorSource:
         manifest = {new: self.manifest[name] for new, name in names.items()}
         return TensorSource(self.label, self.files, manifest, lambda new, out, first: self.read_into(names[new], out, first))
 
-    def sha256(self) -> str:
-        """Of the file, or, where there are several, of the lines `<sha256>  <name>` in the order of their names."""
+    def sha256(self, stop: threading.Event) -> str:
+        """Of the file, or, where there are several, of the lines `<sha256>  <name>` in the order of their names; of nothing any more, and
+        soon done, once `stop` is set."""
         sums, block = [], memoryview(bytearray(_HASH_BYTES))
         for file in sorted(self.files):
             digest = hashlib.sha256()
             with open(file, "rb", buffering=0) as f:
-                while count := f.readinto(block):
+                while not stop.is_set() and (count := f.readinto(block)):
                     digest.update(block[:count])
             sums.append((digest.hexdigest(), file.name))
         if len(sums) == 1:

@@ -22,8 +22,8 @@ def checkpoints_folder(workdir: Path, stage: str) -> Path:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether it is a training run's directory (a model checkpoint is none)."""
-    return (directory / "config.json").is_file() and not (directory / "model.json").exists()
+    """Whether it is a training run's directory."""
+    return (directory / "config.json").is_file() and "stages" in read_json(directory / "config.json")
 
 
 def initial_folder(workdir: Path, config: RunConfig) -> Path:
