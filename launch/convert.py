@@ -111,11 +111,7 @@ def import_parts(output: Path, given: parts.Given, *, queries: int, dtype: str |
     found = parts.find(given, queries)
     for note in found.notes:
         _say(note)
-    vino = Vino(found.config, Runtime())
-    plans = _plans(vino, found, dict.fromkeys(found.sources, dtype))
-    engine.check(plans)
-    placed = {part: by_path(shardings(vino.abstract[part], vino.axes[part], *on)) if on else None for part in plans}
-    left_out: dict[str, dict[str, np.ndarray]] = {part: {} for part in plans}
+    left_out: dict[str, dict[str, np.ndarray]] = {part: {} for part in found.sources}
     info: dict[str, dict[str, str]] = {}
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:  # files are hashed while they are converted
@@ -128,6 +124,10 @@ def import_parts(output: Path, given: parts.Given, *, queries: int, dtype: str |
             info[part] = {"source": source.label, "sha256": sums[source.files].result()}
 
         try:
+            vino = Vino(found.config, Runtime())
+            plans = _plans(vino, found, dict.fromkeys(found.sources, dtype))
+            engine.check(plans)
+            placed = {part: by_path(shardings(vino.abstract[part], vino.axes[part], *on)) if on else None for part in plans}
             model_checkpoint.save(output, {part: leaves(part) for part in plans}, found.config, info, found.processor_files, left_out)
         finally:
             stop.set()

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -78,10 +78,17 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def run(folder: Path, *command: object) -> tuple[float, float]:
+def touch_memory() -> None:
+    """Most of the free memory is written to: what a virtual machine has given back to its host comes back at some seconds a GB, to
+    whichever command asks for it first."""
+    np.ones(int(0.6 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), np.uint8)
+
+
+def run(folder: Path, apart: Executor, *command: object) -> tuple[float, float]:
     """(seconds, peak bytes resident) of a process that must end well, with what it wrote on the disk; what lies in `folder` it reads
-    from the disk."""
+    from the disk. apart: another process."""
     forget(folder)
+    apart.submit(touch_memory).result()
     start = time.perf_counter()
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env={**os.environ, "GLIBC_TUNABLES": HUGE_PAGES})
@@ -99,16 +106,8 @@ def differing(ours: Path, theirs: Path) -> Iterator[str]:
                 if a.manifest[name] != b.manifest[name] or a.read(name).tobytes() != b.read(name).tobytes())
 
 
-def main() -> int:
-    parser = cli.Parser(prog="tests.benchmarks.convert", description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="where the files go; it must not hold anything yet")
-    folder = parser.parse_args().folder
-    if folder.exists():
-        raise UserError(f"{folder} exists already; choose another --folder")
-    with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # a process starts with the peak of the one that started it
-        largest = apart.submit(write_published, folder / "published").result()
-    size = sum(file.stat().st_size for file in (folder / "published").rglob("*.safetensors"))
-    print(f"files of {size / 1e9:.2f} GB; the largest stacked leaf has {largest / 1e9:.2f} GB", flush=True)
+def measure(folder: Path, apart: Executor) -> dict[str, list[tuple[float, float]]]:
+    """What `run` says of every command, once a round."""
     published, module = folder / "published", (sys.executable, "-m", "launch.convert")
     commands = {
         "start": (*module, "--help"),
@@ -120,16 +119,31 @@ def main() -> int:
     }
     figures: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(ROUNDS):
-        for made in ("copy", "model", "out"):
+        for made in ("model", "out"):
             shutil.rmtree(folder / made, ignore_errors=True)
         for name, command in commands.items():
-            figures[name].append(run(folder, *command))
+            figures[name].append(run(folder, apart, *command))
             shutil.rmtree(folder / "copy", ignore_errors=True)
             print(f"{name}: {figures[name][-1][0]:.1f} s, peak {figures[name][-1][1] / 1e9:.2f} GB", flush=True)
+    return figures
+
+
+def main() -> int:
+    parser = cli.Parser(prog="tests.benchmarks.convert", description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True, help="where the files go; it must not hold anything yet")
+    folder = parser.parse_args().folder
+    if folder.exists():
+        raise UserError(f"{folder} exists already; choose another --folder")
+    with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # a process starts with the peak of the one that started it
+        largest = apart.submit(write_published, folder / "published").result()
+        size = sum(file.stat().st_size for file in (folder / "published").rglob("*.safetensors"))
+        print(f"files of {size / 1e9:.2f} GB; the largest stacked leaf has {largest / 1e9:.2f} GB", flush=True)
+        figures = measure(folder, apart)
     seconds = {name: median(took for took, _ in rounds) for name, rounds in figures.items()}
     peaks = {name: max(peak for _, peak in rounds) for name, rounds in figures.items()}
     places = {"vae": "hunyuan/vae", "transformer": "hunyuan/transformer", "vlm": "qwen3vl"}
-    different = [f"{place}/{name}" for place, given in places.items() for name in differing(folder / "out" / place, published / given)]
+    different = [f"{place}/{name}" for place, given in places.items()
+                 for name in differing(folder / "out" / place, folder / "published" / given)]
     print(f"tensors that differ after the round trip: {len(different)} {', '.join(different[:5])}")
     shutil.rmtree(folder)
     ratios = {name: (seconds[name] - seconds["start"]) / seconds["cp"] for name in ("import", "export", "verify")}

@@ -1,6 +1,7 @@
 """Model checkpoints: bits, sharded restore in another dtype, atomic writes, refusals."""
 import json
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,33 @@ def test_streams_in_groups_and_takes_sharded_arrays(tmp_path, monkeypatch):
     assert groups == [0, 0, 0, 1, 1, 1, 2, 3]
     restored = checkpoint.restore(tmp_path / "c", structs({"vae": checkpoint.nested(leaves)}))
     assert [float(restored["vae"]["a"][str(i)][0, 0]) for i in range(7)] == list(range(7))
+
+
+def test_is_copied_part_by_part_while_it_is_read(tmp_path, monkeypatch):
+    """Each part is read while the one before is still being written, which Orbax does not bear on its own."""
+    monkeypatch.setattr(checkpoint, "GROUP_BYTES", 1000)
+    tree = {str(i): np.full((8, 10), i, np.float32) for i in range(9)}
+    checkpoint.save(tmp_path / "a", {name: tree for name in ("mmdit", "vae", "vlm")}, VinoConfig())
+    info, active, most = checkpoint.read_info(tmp_path / "a"), [], []
+
+    def counted(call):
+        def counts(*args):
+            active.append(call)
+            most.append(len(active))
+            time.sleep(0.02)
+            try:
+                return call(*args)
+            finally:
+                active.pop()
+        return counts
+
+    for name in ("save", "load"):
+        monkeypatch.setattr(checkpoint.ocp, name, counted(getattr(checkpoint.ocp, name)))
+    checkpoint.save(tmp_path / "b", {name: checkpoint.iter_arrays(tmp_path / "a", name, info) for name in info.parts}, VinoConfig())
+    assert len(most) > 10 and max(most) == 1
+    for name in info.parts:
+        copied = dict(checkpoint.iter_arrays(tmp_path / "b", name, info))
+        assert copied.keys() == tree.keys() and all((copied[path] == x).all() for path, x in tree.items())
 
 
 def test_a_failed_save_leaves_nothing(tmp_path):

@@ -12,8 +12,9 @@ import gc
 import json
 import math
 import shutil
+import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,12 @@ from vino_jax.settings import VinoConfig, build, read_json
 
 FORMAT = 1
 GROUP_BYTES = 1 << 28  # leaves are gathered to about this size before they are written; a larger leaf is a group of its own
+_FILE_BYTES = 1 << 25  # about which a file is closed: those of a group are written side by side, and one is synced while others fill
 CHUNK_BYTES = 1 << 26  # of what is read at a time: whoever restores a shard reads little more than it
 Leaves = Iterable[tuple[str, Any]]
+# Of what is under way Orbax keeps one number a process, which a save reads again and again until its end: while it runs, neither
+# another save nor a load may begin.
+_ORBAX = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -98,13 +103,14 @@ def save(directory: str | Path, parts: Mapping[str, Params | Leaves], config: Vi
     if not parts:
         raise UserError(f"nothing to write to {directory}: no part was given")
     info = {} if info is None else info
-    with atomic_folder(directory, replace=replace) as folder:
+    with atomic_folder(directory, replace=replace) as folder, _Writer() as writer:
         described = {}
         for name, tree in parts.items():
-            leaves = _write_part(folder / "arrays" / name, by_path(tree).items() if isinstance(tree, Mapping) else tree)
+            leaves = _write_part(folder / "arrays" / name, by_path(tree).items() if isinstance(tree, Mapping) else tree, writer)
             source = info.get(name, {})
             count = sum(math.prod(leaf.shape) for leaf in leaves.values())
             described[name] = PartInfo(source.get("source", ""), source.get("sha256", ""), count, _dtype(leaves), leaves)
+        writer.wait()
         if jax.process_index() == 0:
             _write_rest(folder, ModelInfo(config, described, dict(sampling or {}), dict(trained or {})), processor_files, left_out or {})
 
@@ -196,29 +202,48 @@ def nested(flat: Mapping[str, Any]) -> Params:
     return tree
 
 
-def _write_part(folder: Path, leaves: Leaves) -> dict[str, Leaf]:
-    """The leaves in groups, each written while the next is gathered."""
+class _Writer:
+    """Groups of arrays, each written in a thread while the next one, of this part or of the next, is gathered."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def write(self, folder: Path, group: dict[str, Any]) -> None:
+        """Returns as soon as the group before it is written; an error of that one comes out here."""
+        self.wait()
+        self._last = self._pool.submit(_save, folder, group)
+
+    def wait(self) -> None:
+        if self._last:
+            self._last.result()
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+
+def _write_part(folder: Path, leaves: Leaves, writer: _Writer) -> dict[str, Leaf]:
+    """The leaves in groups; the last one may still be under way."""
     described: dict[str, Leaf] = {}
     group: dict[str, Any] = {}
     size, count, cpu = 0, 0, jax.local_devices(backend="cpu")[0]
-    with ThreadPoolExecutor(1) as pool:
-        saving = pool.submit(lambda: None)
-        for path, array in leaves:
-            if path in described:
-                raise ValueError(f"{path} was given twice")
-            if group and size + array.nbytes > GROUP_BYTES:
-                saving.result()
-                saving = pool.submit(_save, folder / str(count), group)
-                group, size, count = {}, 0, count + 1
-            described[path] = Leaf(tuple(array.shape), jnp.dtype(array.dtype).name, count if array.size else -1)
-            if array.size:  # Orbax cannot store arrays without elements
-                # JAX brings an array into C order, as it is written, several times as fast as numpy would
-                group[path] = jax.device_put(array, cpu) if isinstance(array, np.ndarray) else array
-                size += array.nbytes
-            del array
-        saving.result()
-        if group:
-            _save(folder / str(count), group)
+    for path, array in leaves:
+        if path in described:
+            raise ValueError(f"{path} was given twice")
+        if group and size + array.nbytes > GROUP_BYTES:
+            writer.write(folder / str(count), group)
+            group, size, count = {}, 0, count + 1
+        described[path] = Leaf(tuple(array.shape), jnp.dtype(array.dtype).name, count if array.size else -1)
+        if array.size:  # Orbax cannot store arrays without elements
+            # JAX brings an array into C order, as it is written, several times as fast as numpy would
+            group[path] = jax.device_put(array, cpu) if isinstance(array, np.ndarray) else array
+            size += array.nbytes
+        del array
+    if group:
+        writer.write(folder / str(count), group)
     return described
 
 
@@ -226,8 +251,9 @@ def _save(folder: Path, group: dict[str, Any]) -> None:
     context = ocp.Context()
     context.array.saving.use_compression = False  # weights hardly shrink, and zstd is four times slower than the disk
     context.array.saving.storage_options = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES)
+    context.array.saving.ocdbt_target_data_file_size = _FILE_BYTES
     context.memory.deepcopy_host_arrays = False  # they are not written to while this waits
-    with context:
+    with _ORBAX, context:
         ocp.save(folder, group)
 
 
@@ -241,7 +267,8 @@ def _read_part(folder: Path, stored: Mapping[str, Leaf], wanted: Mapping[str, ja
     for number, targets in sorted(groups.items()):
         others = [path for path, leaf in stored.items() if leaf.group == number and path not in targets]
         try:
-            arrays.update(ocp.load(folder / str(number), {**targets, **dict.fromkeys(others, ocp.PLACEHOLDER)}))
+            with _ORBAX:
+                arrays.update(ocp.load(folder / str(number), {**targets, **dict.fromkeys(others, ocp.PLACEHOLDER)}))
         except Exception as error:  # Orbax raises bare Exceptions for data that is cut off; only those that speak of storage are the user's
             if isinstance(error, (OSError, ocp.errors.InvalidLayoutError)) or "tensorstore" in str(error).lower():
                 raise UserError(f"{folder / str(number)} is damaged or incomplete; copy or import the checkpoint again") from error

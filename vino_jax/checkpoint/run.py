@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from vino_jax.checkpoint.model import GROUP_BYTES
 from vino_jax.errors import UserError
 
-GROUP_BYTES = 1 << 28  # that are read at a time by `read_leaves`
 _STATE = "state"
 _DONE = "_CHECKPOINT_METADATA"  # the file that a complete step holds
 
@@ -28,14 +28,9 @@ def complete_steps(directory: str | Path) -> list[int]:
     return sorted(int(file.parent.name) for file in Path(directory).glob(f"*/{_DONE}") if file.parent.name.isdigit())
 
 
-def stored_leaves(directory: str | Path, step: int) -> dict[str, Any]:
-    """{dotted path in the state: what it is (shape, dtype)} of a complete step, of any run: nothing is changed there."""
-    return dict(ocp.checkpointables_metadata(Path(directory).absolute() / str(step)).metadata[_STATE])
-
-
 def read_leaves(directory: str | Path, step: int, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
     """(dotted path in the state, array on the host) of some arrays of a complete step, about GROUP_BYTES at a time."""
-    stored = stored_leaves(directory, step)
+    stored = ocp.checkpointables_metadata(Path(directory).absolute() / str(step)).metadata[_STATE]
     cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     targets = {path: jax.ShapeDtypeStruct(stored[path].shape, stored[path].dtype, sharding=cpu) for path in paths}
     ends = np.cumsum([math.prod(target.shape) * target.dtype.itemsize for target in targets.values()]) // GROUP_BYTES

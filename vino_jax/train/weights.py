@@ -7,7 +7,7 @@ import numpy as np
 
 from vino_jax.checkpoint import model as model_checkpoint
 from vino_jax.checkpoint.model import Leaf, ModelInfo, PartInfo, Weights
-from vino_jax.checkpoint.run import read_leaves, stored_leaves
+from vino_jax.checkpoint.run import read_leaves
 from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
 from vino_jax.nn.module import by_path
@@ -31,8 +31,7 @@ def run_weights(workdir: Path, *, average: bool) -> Weights:
     initial = initial_folder(workdir, config)
     vino, start = Vino(resolve_model(initial, config.model), config.runtime), model_checkpoint.read_info(initial)
     trained, held = trained_parts(vino, list(config.stages.values())), held_paths(vino, begun)
-    last = stored_leaves(checkpoints_folder(workdir, begun[-1].name), done[begun[-1].name])
-    averaged = average and any(name.startswith("ema.") for name in last)
+    averaged = average and begun[-1].ema > 0
 
     def read(part: str, paths: list[str]) -> Iterator[tuple[str, np.ndarray]]:
         for stage in sorted({held[f"{part}/{path}"] for path in paths}):
