@@ -38,7 +38,7 @@ LAYOUT = {"vae": ("hunyuan/vae", "float32"), "mmdit": ("hunyuan/transformer", "b
 MARGIN = 2e9  # bytes over the largest leaf that a conversion may take
 SLOWEST = 2.0  # times cp
 ROUNDS = 3
-HUGE_PAGES = "glibc.malloc.hugetlb=1"  # for all of them; half of a conversion's time would go to page faults
+HUGE_PAGES = "glibc.malloc.hugetlb=1"  # for all of them, as README advises: without, page faults take an import a tenth to a fifth longer
 
 
 def random(shape: tuple[int, ...], kind: np.dtype, rng: np.random.Generator) -> np.ndarray:

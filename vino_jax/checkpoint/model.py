@@ -36,7 +36,8 @@ _FILE_BYTES = 1 << 25  # about which a file is closed: those of a group are writ
 CHUNK_BYTES = 1 << 26  # of what is read at a time: whoever restores a shard reads little more than it
 Leaves = Iterable[tuple[str, Any]]
 # Of what is under way Orbax keeps one number a process, which a save reads again and again until its end: while it runs, neither
-# another save nor a load may begin.
+# another save nor a load may begin. It is taken where a save is asked for, not in the thread that carries it out, so that saves and
+# loads have the same order, and numbers, on every host.
 _ORBAX = threading.Lock()
 
 
@@ -212,9 +213,12 @@ class _Writer:
     def write(self, folder: Path, group: dict[str, Any]) -> None:
         """Returns as soon as the group before it is written; an error of that one comes out here."""
         self.wait()
+        _ORBAX.acquire()
         self._last = self._pool.submit(_save, folder, group)
+        self._last.add_done_callback(lambda _: _ORBAX.release())
 
     def wait(self) -> None:
+        """Returns when all groups are written, or raises what the last one raised."""
         if self._last:
             self._last.result()
 
@@ -253,7 +257,7 @@ def _save(folder: Path, group: dict[str, Any]) -> None:
     context.array.saving.storage_options = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES)
     context.array.saving.ocdbt_target_data_file_size = _FILE_BYTES
     context.memory.deepcopy_host_arrays = False  # they are not written to while this waits
-    with _ORBAX, context:
+    with context:
         ocp.save(folder, group)
 
 
