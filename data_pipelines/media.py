@@ -1,77 +1,111 @@
-"""Pictures and clips listed in a JSONL manifest.
-
-One JSON object a line; paths are relative to `root`:
-  task         one of vino_jax.batch.TASKS
-  target       what is to be generated: a picture, or a clip for the video tasks
-  images       reference images in their order (i2v without any: the target's first frame)
-  video        reference clip of tv2v and tiv2v
-  long, short, instruction    texts, at least one
-  base_image   whether the last reference image is what is edited (default: true for ti2i_baseimg)
-  id           name in messages (default: the target's path)
+"""Samples from real pictures and clips: which bucket an item goes to, which clips are taken of it, and their pixels.
 
 Each item goes to the bucket that suits it (data_pipelines.buckets.fitting). Target and reference clip, and reference images of
 the target's own aspect ratio, are scaled to cover the bucket's size and cut evenly at both sides, so that what matches before
-still matches; other reference images are letterboxed on white. Of a clip the first frames are taken, at the clip's own rate.
+still matches; other reference images are letterboxed on white.
+
+Of a clip that is longer than its bucket one or several windows are taken (`Clips`), each a sample of its own; reference clips
+by the same windows.
 """
-import functools
-import json
+import collections
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image
 
-from data_pipelines.buckets import NEEDS, fitting
-from data_pipelines.mixture import TEXTS
-from data_pipelines.pixels import Patches, letterbox, read_image
+from data_pipelines.buckets import NEEDS, fitting, serves, spoils
+from data_pipelines.files import Facts, Media, clip_facts, decoded_frames, picture_facts, read_image
+from data_pipelines.manifest import Item, read_items
+from data_pipelines.packing import token_grid
+from data_pipelines.pixels import MAX_ASPECT, letterbox
+from data_pipelines.problems import Problems
 from data_pipelines.prompts import Prompter
 from data_pipelines.samples import Sample
+from data_pipelines.sources import Usage
 from vino_jax.batch import TASKS, BucketSpec
 from vino_jax.errors import UserError
 
-KEYS = {"task": str, "target": str, "images": list, "video": str, "base_image": bool, "id": str, **{kind: str for kind in TEXTS}}
 SAME_ASPECT = 0.02  # relative difference of two aspect ratios that counts as none
+FPS = 24.0  # at which VINO sees clips, whatever their own rate
+WINDOWS = ("head", "middle", "uniform", "sliding")
+COMPAT = ("reference", "true_rate")
 
 
 @dataclass(frozen=True)
-class Item:
-    """A line of the manifest."""
+class Clips:
+    """Which frames of a clip are taken.
 
-    id: str
-    task: str
-    target: Path
-    images: tuple[Path, ...]
-    video: Path | None
-    texts: dict[str, str]
-    base_image: bool
+    windows: "head" the first, "middle" those around its middle, "uniform" `count` windows spread evenly from its first frame to its last,
+    "sliding" one every `stride` frames (0: as many as the bucket has, so that none is taken twice).
+    compat: "reference" one frame after another, each seen for 1/24 s whatever the clip's own rate, as VINO's reference does; "true_rate"
+    the frames that were shown at every 1/24 s. Raises UserError for other values.
+    """
+
+    windows: str = "head"
+    count: int = 1
+    stride: int = 0
+    compat: str = "reference"
+
+    def __post_init__(self):
+        for key, value, known in (("windows", self.windows, WINDOWS), ("compat", self.compat, COMPAT)):
+            if value not in known:
+                raise UserError(f"data.clips.{key} is {value!r}; known: {', '.join(known)}")
+        if self.count < 1 or self.stride < 0:
+            raise UserError(f"data.clips.count is {self.count} and must be at least 1, stride is {self.stride} and must not be negative")
+
+    def length(self, facts: Facts) -> int:
+        """Frames that there are to choose from."""
+        return facts.at_rate(FPS) if self.compat == "true_rate" else facts.frames
+
+    def speed(self, facts: Facts) -> float | None:
+        """How much faster than filmed the clip is seen; None where it says nothing of its time."""
+        return None if not facts.rate else 1.0 if self.compat == "true_rate" else FPS / facts.rate
+
+    def starts(self, length: int, frames: int) -> list[int]:
+        """First frame of every window of `frames` frames (at most `length`)."""
+        last = length - frames
+        return {"head": lambda: [0], "middle": lambda: [last // 2],
+                "uniform": lambda: sorted(set(np.linspace(0, last, self.count).round().astype(int).tolist())) if self.count > 1 else [0],
+                "sliding": lambda: list(range(0, last + 1, self.stride or frames))}[self.windows]()
+
+
+@dataclass(frozen=True)
+class Window:
+    """A sample: an item, and where in its clips it begins."""
+
+    where: str  # in the manifest
+    item: Item
+    start: int
 
 
 class MediaSource:
     """Samples from a manifest; finite.
 
-    Args: manifest: JSONL file; root: what its paths start from; buckets: those that items may go to; prompter: see Prompter; given,
-    an item whose texts are too long for a bucket is not put there, instead of ending the run when its turn comes. tasks: items of
-    other tasks are no concern of this stage.
-    Raises UserError naming file:line for a line that is wrong or names a file that cannot be read.
+    Args: manifest, root: see data_pipelines/manifest.py; buckets: those that items may go to; prompter: see Prompter; given, an item
+    whose texts are too long for a bucket is not put there, instead of ending the run when its turn comes. tasks: items of other tasks
+    are no concern of this stage. clips: which frames are taken. problems: what becomes of items that are wrong or cannot be read.
+    Raises UserError for a manifest that cannot be read, and for an item where `problems` must not go on.
     """
 
     def __init__(self, manifest: str | Path, root: str | Path, buckets: Sequence[BucketSpec], prompter: Prompter | None = None,
-                 tasks: Collection[str] = TASKS):
-        self._groups: dict[tuple[str, str], list[Item]] = {}
+                 tasks: Collection[str] = TASKS, clips: Clips = Clips(), problems: Problems | None = None):
+        self.problems, self.clips = problems or Problems(), clips
+        self._groups: dict[tuple[str, str], list[Window]] = collections.defaultdict(list)
+        self._tokens: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
         self._unplaced: list[str] = []
-        items = [(where, item) for where, item in read_manifest(manifest, root) if item.task in tasks]
+        items = [(where, item) for where, item in read_items(manifest, root, self.problems) if item.task in tasks]
         self._tasks = tuple(t for t in TASKS if any(item.task == t for _, item in items))
         for where, item in items:
-            try:
-                bucket, reason = place(item, buckets, prompter)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-            if bucket:
-                self._groups.setdefault((item.task, bucket.name), []).append(item)
-            else:
-                self._unplaced.append(f"{item.id} ({where}): {reason}")
+            with self.problems.of(where):
+                bucket, tokens, reason = place(item, buckets, prompter, clips)
+                if not bucket:
+                    self._unplaced.append(f"{item.id} ({where}): {reason}")
+                    continue
+                starts = clips.starts(_shortest(item, clips), bucket.frames) if NEEDS[item.task].clip else [0]
+                self._groups[item.task, bucket.name] += [Window(where, item, start) for start in starts]
+                self._tokens[item.task, bucket.name] += [tokens] * len(starts)
 
     def tasks(self) -> tuple[str, ...]:
         return self._tasks
@@ -79,147 +113,116 @@ class MediaSource:
     def count(self, task: str, bucket: BucketSpec) -> int | None:
         return len(self._groups.get((task, bucket.name), ()))
 
+    def usage(self, task: str, bucket: BucketSpec) -> Usage | None:
+        windows, tokens = self._groups.get((task, bucket.name)), self._tokens.get((task, bucket.name))
+        if not windows:
+            return None
+        clips = [m for w in windows for m in (w.item.target, w.item.video) if m] if NEEDS[task].clip else []
+        speeds = [speed for speed in (self.clips.speed(facts_of(m, clip=True)) for m in clips) if speed]
+        return Usage(float(np.mean(tokens)), (min(speeds), max(speeds)) if speeds else None)
+
     def unplaced(self) -> list[str]:
         return self._unplaced
 
+    def window(self, task: str, bucket: BucketSpec, index: int) -> Window:
+        """What sample `index` of the group is made of."""
+        return self._groups[task, bucket.name][index]
+
     def sample(self, task: str, bucket: BucketSpec, index: int) -> Sample:
-        """Item `index` of the group, decoded and cut to the bucket. Raises UserError for a clip that gives fewer frames than
-        its header promised."""
-        item = self._groups[task, bucket.name][index]
-        if NEEDS[task].clip:
-            target = read_cut_clip(item.target, bucket.frames, bucket.height, bucket.width)
-        else:
-            target = cover(read_image(item.target), bucket.height, bucket.width)[None]
-        _, height, width, _ = item_size(item)
-
-        def reference(path):
-            image = read_image(path)
-            same = abs(image.shape[0] / image.shape[1] / (height / width) - 1) < SAME_ASPECT
-            return (cover if same else letterbox)(image, bucket.image_height, bucket.image_width)
-
-        images = tuple(reference(path) for path in item.images)
-        if task == "i2v" and not images:
-            images = (cover(target[0], bucket.image_height, bucket.image_width),)
-        video = item.video and read_cut_clip(item.video, bucket.video_frames, bucket.video_height, bucket.video_width)
-        return Sample(item.id, task, target, dict(item.texts), images=images, video=video, base_image=item.base_image)
+        """Sample `index` of the group, decoded and cut to the bucket; where it cannot be read and the run goes on, the next that can.
+        Raises UserError otherwise."""
+        group = self._groups[task, bucket.name]
+        for number in range(len(group)):
+            window = group[(index + number) % len(group)]
+            with self.problems.of(window.where):
+                return read_window(window, bucket, self.clips)
+        raise UserError(f"none of the {len(group)} samples of task {task} in bucket {bucket.name} can be read")
 
 
-def read_manifest(manifest: str | Path, root: str | Path) -> list[tuple[str, Item]]:
-    """("file:line", item) of every line; empty lines are skipped. Raises UserError naming file:line for the first bad one."""
-    manifest, found = Path(manifest), []
-    try:
-        lines = manifest.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the manifest {manifest}: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{manifest}:{number}"
-            try:
-                found.append((where, _item(json.loads(line), Path(root))))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line is expected") from None
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-    if not found:
-        raise UserError(f"the manifest {manifest} has no items")
-    return found
+def read_window(window: Window, bucket: BucketSpec, clips: Clips) -> Sample:
+    """The pixels of a sample, at the sizes of its bucket. Raises UserError for a clip that gives fewer frames than its header promised."""
+    item, rate = window.item, FPS if clips.compat == "true_rate" else None
+    if NEEDS[item.task].clip:
+        target = read_cut_clip(item.target, bucket.frames, bucket.height, bucket.width, window.start, rate)
+    else:
+        target = cover(read_image(item.target), bucket.height, bucket.width)[None]
+    facts = facts_of(item.target, NEEDS[item.task].clip)
+
+    def reference(media):
+        image = read_image(media)
+        same = abs(image.shape[0] / image.shape[1] / (facts.height / facts.width) - 1) < SAME_ASPECT
+        return (cover if same else letterbox)(image, bucket.image_height, bucket.image_width)
+
+    images = tuple(reference(media) for media in item.images)
+    if item.task == "i2v" and not images:
+        images = (cover(target[0], bucket.image_height, bucket.image_width),)
+    video = item.video and read_cut_clip(item.video, bucket.video_frames, bucket.video_height, bucket.video_width, window.start, rate)
+    return Sample(item.id, item.task, target, dict(item.texts), images=images, video=video, base_image=item.base_image)
 
 
-def _item(entry, root: Path) -> Item:
-    if not isinstance(entry, dict):
-        raise UserError("not a JSON object")
-    for key, value in entry.items():
-        if key not in KEYS:
-            raise UserError(f"unknown key {key!r}; known: {', '.join(KEYS)}")
-        if not isinstance(value, KEYS[key]) or (key == "images" and not all(isinstance(v, str) for v in value)):
-            raise UserError(f"{key!r} must be {'a list of paths' if key == 'images' else KEYS[key].__name__}, not {value!r}")
-    for key in ("task", "target"):
-        if not entry.get(key):
-            raise UserError(f"{key!r} is missing")
-    task, images, video = entry["task"], entry.get("images", []), entry.get("video")
-    if task not in TASKS:
-        raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
-    needs = NEEDS[task]
-    if images and not needs.images:
-        raise UserError(f"task {task} takes no 'images'")
-    if needs.images and not images and task != "i2v":
-        raise UserError(f"task {task} needs 'images'")
-    if bool(video) != needs.video:
-        raise UserError(f"task {task} {'needs a' if needs.video else 'takes no'} 'video'")
-    texts = {kind: entry[kind] for kind in TEXTS if entry.get(kind)}
-    if not texts:
-        raise UserError(f"no text: give at least one of {', '.join(TEXTS)}")
-    files = [root / name for name in (entry["target"], *images, *([video] if video else []))]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"there is no file {file}")
-    return Item(entry.get("id") or entry["target"], task, files[0], tuple(files[1:1 + len(images)]), files[-1] if video else None, texts,
-                entry.get("base_image", task == "ti2i_baseimg"))
+def facts_of(media: Media, clip: bool) -> Facts:
+    """What ingest wrote down of it, else what its header says. Raises UserError."""
+    return getattr(media, "facts", None) or (clip_facts if clip else picture_facts)(media)
 
 
-def place(item: Item, buckets: Sequence[BucketSpec], prompter: Prompter | None) -> tuple[BucketSpec | None, str]:
-    """The bucket for an item, or None and why. Raises UserError when a file of it cannot be read."""
-    frames, height, width, video_frames = item_size(item)
-    images = len(item.images) or NEEDS[item.task].images
-    able, reason = list(buckets), (f"no bucket for {item.task} of {frames}x{height}x{width} with {images} reference images"
+def place(item: Item, buckets: Sequence[BucketSpec], prompter: Prompter | None,
+          clips: Clips = Clips()) -> tuple[BucketSpec | None, float, str]:
+    """The bucket for an item and how many of its tokens a row of it fills (counting all of the prompt's without a prompter), or None and
+    why. Raises UserError when a file of it cannot be read."""
+    facts = facts_of(item.target, NEEDS[item.task].clip)
+    frames, images = clips.length(facts) if NEEDS[item.task].clip else 1, len(item.images) or NEEDS[item.task].images
+    video_frames = clips.length(facts_of(item.video, clip=True)) if item.video else 0
+    references = [facts_of(media, clip=False) for media in item.images]
+    able, reason = list(buckets), (f"no bucket for {item.task} of {frames}x{facts.height}x{facts.width} with {images} reference images"
                                    + (f" and a reference clip of {video_frames} frames" if item.video else ""))
-    while bucket := fitting(able, item.task, images, frames, height, width, video_frames):
-        problem = prompter and _prompt_problem(item, images, bucket, prompter)
+    while bucket := fitting(able, item.task, images, frames, facts.height, facts.width, video_frames):
+        problem = next(filter(None, (_spoiled_reference(f, bucket) for f in references)), "")
+        used = 0.0
+        if prompter and not problem:
+            used, problem = _prompt_tokens(item, images, bucket, prompter)
         if not problem:
-            return bucket, ""
+            return bucket, bucket.target_tokens + _reference_tokens(item, images, bucket) + (used or bucket.prompt_tokens), ""
         able.remove(bucket)
         reason = problem
-    return None, reason
+    if len(able) == len(buckets):
+        spoiled = [spoils(facts.height, facts.width, b.height, b.width) for b in able if serves(b, item.task, images) and b.frames <= frames]
+        reason = next(filter(None, spoiled), reason)
+    return None, 0.0, reason
 
 
-def _prompt_problem(item: Item, images: int, bucket: BucketSpec, prompter: Prompter) -> str:
-    """What of the item's prompts is too long for the bucket; "" when all fit."""
-    seen = [_blank(prompter, 0, bucket.image_height, bucket.image_width) for _ in range(images)]
-    clip = _blank(prompter, bucket.video_frames, bucket.video_height, bucket.video_width) if item.video else None
-    for kind, text in item.texts.items():
-        prompt = prompter.encode(text, seen, clip)
-        for have, room, what in ((len(prompt.ids), bucket.prompt_tokens, "prompt tokens"),
-                                 (len(prompt.patches), bucket.patches, "VLM patches")):
-            if have > room:
-                return f"with its {kind} text it needs {have} {what}, bucket {bucket.name} has {room}"
-    return ""
+def _shortest(item: Item, clips: Clips) -> int:
+    """Frames that target and reference clip both have."""
+    return min(clips.length(facts_of(media, clip=True)) for media in (item.target, item.video) if media)
 
 
-@functools.lru_cache(maxsize=64)
-def _blank(prompter: Prompter, frames: int, height: int, width: int) -> Patches:
-    """Patches of an empty picture (frames 0) or clip of that size."""
-    if frames:
-        return prompter.see_clip(np.zeros((frames, height, width, 3), np.uint8))
-    return prompter.see_image(np.zeros((height, width, 3), np.uint8))
+def _spoiled_reference(facts: Facts, bucket: BucketSpec) -> str:
+    """What is wrong with a reference image of that size in this bucket; "" for nothing."""
+    if max(facts.height, facts.width) > MAX_ASPECT * min(facts.height, facts.width):
+        return f"its reference image of {facts.width}x{facts.height} has an aspect ratio above {MAX_ASPECT:.0f}"
+    spoiled = spoils(facts.height, facts.width, bucket.image_height, bucket.image_width, cut=False)
+    return spoiled and f"its reference image of {spoiled}"
 
 
-def item_size(item: Item) -> tuple[int, int, int, int]:
-    """Frames, height and width of the target, frames of the reference clip (0: none)."""
-    target = clip_size(item.target) if NEEDS[item.task].clip else (1, *image_size(item.target))
-    return *target, clip_size(item.video)[0] if item.video else 0
+def _reference_tokens(item: Item, images: int, bucket: BucketSpec) -> int:
+    one = int(np.prod(token_grid(1, bucket.image_height, bucket.image_width))) + 2
+    clip = int(np.prod(token_grid(bucket.video_frames, bucket.video_height, bucket.video_width))) + 2 if item.video else 0
+    return images * one + clip
 
 
-@functools.cache
-def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture, from its header. Raises UserError."""
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"cannot read the image {path}: {error}") from None
-
-
-@functools.cache
-def clip_size(path: Path) -> tuple[int, int, int]:
-    """Frames, height and width of a clip; its frames are counted packet by packet, never as duration times rate. Raises UserError."""
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UserError(f"{path} has no video stream")
-            codec = container.streams.video[0].codec_context
-            return sum(1 for packet in container.demux(video=0) if packet.size), codec.height, codec.width
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(f"cannot read the video {path}: {error}") from None
+def _prompt_tokens(item: Item, images: int, bucket: BucketSpec, prompter: Prompter) -> tuple[float, str]:
+    """Mean length of the item's prompts, and what of them is too long for the bucket, "" when all fit."""
+    limits, lengths = prompter.limits, []
+    seen = [limits.image_grid(bucket.image_height, bucket.image_width) for _ in range(images)]
+    clip = limits.video_grid(bucket.video_height, bucket.video_width) if item.video else None
+    patches = int(sum(np.prod(grid) for grid in [*seen, *([clip] if clip else [])]))
+    if patches > bucket.patches:
+        return 0.0, f"it needs {patches} VLM patches, bucket {bucket.name} has {bucket.patches}"
+    for kind, texts in item.texts.items():
+        for text in texts:
+            lengths.append(prompter.length(text, seen, clip))
+            if lengths[-1] > bucket.prompt_tokens:
+                return 0.0, f"with its {kind} text it needs {lengths[-1]} prompt tokens, bucket {bucket.name} has {bucket.prompt_tokens}"
+    return float(np.mean(lengths)), ""
 
 
 def cover_size(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
@@ -236,19 +239,46 @@ def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return _centre(np.asarray(Image.fromarray(image).resize((wide, high), Image.Resampling.LANCZOS)), height, width)
 
 
-def read_cut_clip(path: Path, frames: int, height: int, width: int) -> np.ndarray:
-    """The first `frames` frames, scaled to cover height x width and cut evenly: uint8 (frames, height, width, 3). Raises UserError."""
-    kept = []
-    try:
-        with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
-                high, wide = cover_size((frame.height, frame.width), height, width)
-                kept.append(_centre(frame.to_ndarray(format="rgb24", height=high, width=wide, interpolation="LANCZOS"), height, width))
-                if len(kept) == frames:
-                    return np.stack(kept)
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(f"cannot read the video {path}: {error}") from None
-    raise UserError(f"the video {path} decodes to {len(kept)} frames, {frames} are needed: repair it or take it out of the manifest")
+def read_cut_clip(media: Media, count: int, height: int, width: int, start: int = 0, rate: float | None = None) -> np.ndarray:
+    """`count` frames from frame `start` on, scaled to cover height x width and cut evenly: uint8 (count, height, width, 3).
+
+    rate: frames a second that are counted, each the one of the file that is nearest in time; None: the file's own frames.
+    Raises UserError.
+    """
+    kept: list[np.ndarray] = []
+    for frame, times in _picked(media, start, start + count, rate):
+        high, wide = cover_size((frame.height, frame.width), height, width)
+        cut = _centre(frame.to_ndarray(format="rgb24", height=high, width=wide, interpolation="LANCZOS"), height, width)
+        kept += [cut] * times
+        if len(kept) == count:
+            return np.stack(kept)
+    raise UserError(f"the video {media} decodes to {start + len(kept)} frames, {start + count} are needed: "
+                    "repair it or take it out of the manifest")
+
+
+def _picked(media: Media, start: int, stop: int, rate: float | None):
+    """(frame of the file, how often it is taken) for the frames start..stop-1 of the clip as it is counted."""
+    if rate is None:
+        for number, frame in enumerate(decoded_frames(media)):
+            if start <= number < stop:
+                yield frame, 1
+        return
+    held, at, first = None, start, 0.0  # the frame whose time is up when the next is nearer; the next frame that is wanted
+    for frame in decoded_frames(media):
+        if held is None:
+            first = _time(frame)
+        else:
+            until = int(np.ceil(((_time(held) + _time(frame)) / 2 - first) * rate - 1e-6))
+            if until > at:
+                yield held, min(until, stop) - at
+                at = min(until, stop)
+        held = frame
+    if at < stop and at <= (_time(held) - first) * rate + 1e-3:
+        yield held, min(stop, int((_time(held) - first) * rate + 1e-3) + 1) - at
+
+
+def _time(frame) -> float:
+    return frame.time or 0.0
 
 
 def _centre(image: np.ndarray, height: int, width: int) -> np.ndarray:

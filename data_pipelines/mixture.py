@@ -98,15 +98,22 @@ class Schedule:
         return int(_permutation((self.seed, _key("epoch", task, bucket), epoch), count)[place])
 
 
-def choose_text(texts: Mapping[str, str], weights: Mapping[str, float], draw: float) -> str:
+def choose_text(texts: Mapping[str, str | Sequence[str]], weights: Mapping[str, float], draw: float) -> str:
     """The text for a row: one of those that its sample has, by their weights renormalised; where these are all 0 (an edit
-    that has only an instruction, in a mixture of captions), any of them with equal chance. draw is in [0, 1)."""
+    that has only an instruction, in a mixture of captions), any of them with equal chance. Of several texts of a kind each has
+    the same chance. draw is in [0, 1)."""
     kinds = [k for k in TEXTS if texts.get(k)]
     if not kinds:
         return ""
     chances = np.array([weights.get(k, 0.0) for k in kinds])
     chances = chances if chances.sum() > 0 else np.ones(len(kinds))
-    return texts[kinds[int(np.searchsorted(np.cumsum(chances) / chances.sum(), draw, side="right"))]]
+    ends = np.cumsum(chances) / chances.sum()
+    kind = int(np.searchsorted(ends, draw, side="right"))
+    several = texts[kinds[kind]]
+    if isinstance(several, str):
+        return several
+    share = chances[kind] / chances.sum()
+    return several[min(int((draw - ends[kind] + share) / share * len(several)), len(several) - 1)]
 
 
 def _key(*names: str) -> int:

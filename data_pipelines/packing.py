@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_pipelines.pixels import Patches, crop_to_tokens, letterbox, letterbox_size, read_clip, read_image, read_sampled
+from data_pipelines.files import read_image
+from data_pipelines.pixels import Patches, crop_to_tokens, letterbox, letterbox_size, read_clip, read_sampled
 from data_pipelines.prompts import EncodedPrompt, Prompter
 from data_pipelines.samples import Sample
 from data_pipelines.tasks import IMAGE_SIZED, NEGATIVE_IMAGE, NEGATIVE_VIDEO, VIDEO_SIZED, Task

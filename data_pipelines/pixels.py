@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image
 
+from data_pipelines.files import decoded_frames
 from vino_jax.batch import FRAMES_A_LATENT, PIXELS_A_TOKEN
 from vino_jax.errors import UserError
 
@@ -83,6 +83,14 @@ class PixelLimits:
         first = bounded_size(height, width, self.first_factor, self.first_video_min, self.first_video_max)
         return first, bounded_size(*first, self.patch * self.merge, self.video_min, self.video_max, self.video_frames, self.temporal)
 
+    def image_grid(self, height: int, width: int) -> tuple[int, int, int]:
+        """Patch grid (1, rows, columns) of an image of that size."""
+        return 1, *(size // self.patch for size in self.image_sizes(height, width)[1])
+
+    def video_grid(self, height: int, width: int) -> tuple[int, int, int]:
+        """Patch grid (frame groups, rows, columns) of a clip of that size."""
+        return -(-self.video_frames // self.temporal), *(size // self.patch for size in self.video_sizes(height, width)[1])
+
 
 @dataclass(frozen=True)
 class Patches:
@@ -143,15 +151,6 @@ def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return canvas
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """An image file as uint8 RGB (H, W, 3). Raises UserError when it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"cannot read the image {path}: {error}") from None
-
-
 def clip_length(wanted: int, length: int) -> int:
     """The largest 4k+1 that is at most both."""
     return (min(wanted, length) - 1) // FRAMES_A_LATENT * FRAMES_A_LATENT + 1
@@ -165,49 +164,32 @@ def crop_to_tokens(clip: np.ndarray) -> np.ndarray:
     return clip[..., :height, :width, :]
 
 
-def read_clip(path: str | Path, frames: int, budget: int) -> np.ndarray:
+def read_clip(path: str | Path, count: int, budget: int) -> np.ndarray:
     """A clip's first frames, scaled to about `budget` pixels a frame: uint8 (4k+1, H, W, 3), H and W multiples of 16.
 
     The number of frames is counted by decoding, never from duration times rate. Raises UserError when there is no picture in it.
     """
     kept = []
-    for frame in _decode(path):
-        if len(kept) == frames:
+    for frame in decoded_frames(path):
+        if len(kept) == count:
             break
         scale = math.sqrt(budget / (frame.width * frame.height))
         kept.append(frame.to_ndarray(format="rgb24", width=max(1, round(frame.width * scale)), height=max(1, round(frame.height * scale)),
                                      interpolation="BICUBIC"))
-    return crop_to_tokens(np.stack(kept[:clip_length(frames, len(kept))]))
+    return crop_to_tokens(np.stack(kept[:clip_length(count, len(kept))]))
 
 
 def read_sampled(path: str | Path, count: int) -> np.ndarray:
     """`count` frames evenly spaced over the whole clip, at its own size: uint8 (count, H, W, 3)."""
-    wanted = sampled_indices(sum(1 for _ in _decode(path)), count)
+    wanted = sampled_indices(sum(1 for _ in decoded_frames(path)), count)
     needed = set(wanted.tolist())
-    found = {i: frame.to_ndarray(format="rgb24") for i, frame in enumerate(_decode(path)) if i in needed}
+    found = {i: frame.to_ndarray(format="rgb24") for i, frame in enumerate(decoded_frames(path)) if i in needed}
     return np.stack([found[i] for i in wanted.tolist()])
 
 
 def sampled_indices(length: int, count: int) -> np.ndarray:
     """Evenly spaced frame indices round(linspace(0, length-1, count)), int64 (count,); a short clip repeats frames."""
     return np.linspace(0, length - 1, count).round().astype(np.int64)
-
-
-def _decode(path: str | Path):
-    """Every frame of a file's first video stream. Raises UserError for a file without one."""
-    none = True
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UserError(f"{path} has no video stream")
-            container.streams.video[0].thread_type = "AUTO"
-            for frame in container.decode(video=0):
-                none = False
-                yield frame
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(f"cannot read the video {path}: {error}") from None
-    if none:
-        raise UserError(f"the video {path} has no frame")
 
 
 # --- for the VLM ---

@@ -74,23 +74,30 @@ class Prompter:
 
         Raises UserError when the text holds a special token, which would be read as structure.
         """
+        ids = self._ids(text, [image.grid for image in images], video and video.grid, system)
+        references = [*images, *([video] if video is not None else [])]
+        starts, ends = self._markers(ids, len(images), video)
+        return EncodedPrompt(ids, self.positions(ids, [r.grid for r in references]), self._visual_index(ids),
+                             *_joined_patches(references), starts, ends)
+
+    def length(self, text: str, images: Sequence[tuple[int, int, int]] = (), video: tuple[int, int, int] | None = None) -> int:
+        """Tokens of the prompt that `encode` would make, its references given by their patch grids. Raises UserError as it does."""
+        return len(self._ids(text, images, video, SYSTEM))
+
+    def _ids(self, text: str, images: Sequence[tuple[int, int, int]], video: tuple[int, int, int] | None, system: str) -> np.ndarray:
         for token in self._special:
             if token in text:
                 raise UserError(f"the text {text[:60]!r} holds the special token {token}: remove it")
         merged = self.limits.merge**2
         parts = [f"{IM_START}system\n{system}{IM_END}\n{IM_START}user\n"]
-        for i, image in enumerate(images):
-            parts.append(f"Image {i + 1}: {VISION_START}{IMAGE_PAD * (np.prod(image.grid) // merged)}{VISION_END}")
+        for i, grid in enumerate(images):
+            parts.append(f"Image {i + 1}: {VISION_START}{IMAGE_PAD * (np.prod(grid) // merged)}{VISION_END}")
         if video is not None:
             parts.append("Video 1: ")
-            for stamp in self._timestamps(video.grid[0]):
-                parts.append(f"<{stamp:.1f} seconds>{VISION_START}{VIDEO_PAD * (video.grid[1] * video.grid[2] // merged)}{VISION_END}")
+            for stamp in self._timestamps(video[0]):
+                parts.append(f"<{stamp:.1f} seconds>{VISION_START}{VIDEO_PAD * (video[1] * video[2] // merged)}{VISION_END}")
         parts.append(f"{text}{IM_END}\n{IM_START}assistant\n")
-        ids = np.asarray(self._encoder.encode("".join(parts), add_special_tokens=False).ids, np.int32)
-        references = [*images, *([video] if video is not None else [])]
-        starts, ends = self._markers(ids, len(images), video)
-        return EncodedPrompt(ids, self.positions(ids, [r.grid for r in references]), self._visual_index(ids),
-                             *_joined_patches(references), starts, ends)
+        return np.asarray(self._encoder.encode("".join(parts), add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, without special tokens."""

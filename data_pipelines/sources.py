@@ -1,4 +1,5 @@
 """Where samples come from. A source holds groups of samples, one a (task, bucket)."""
+from dataclasses import dataclass
 from typing import Protocol
 
 from data_pipelines import shapes
@@ -7,6 +8,14 @@ from data_pipelines.samples import Sample
 from vino_jax.batch import TASKS, BucketSpec
 
 AGAIN = 1 << 64  # further than any index of a run
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the samples of a (task, bucket) use of it."""
+
+    tokens: float  # of a row, as BucketSpec.tokens counts them, on average
+    speeds: tuple[float, float] | None = None  # least and most that a clip is seen faster than it was filmed; None for pictures
 
 
 class Source(Protocol):
@@ -20,6 +29,9 @@ class Source(Protocol):
 
     def sample(self, task: str, bucket: BucketSpec, index: int) -> Sample:
         """Sample `index` (0..count-1) of the group: target of the bucket's size, references that fit its slots."""
+
+    def usage(self, task: str, bucket: BucketSpec) -> Usage | None:
+        """None where it is not known before samples are drawn."""
 
     def unplaced(self) -> list[str]:
         """Names of items that fit no bucket, with the reason."""
@@ -46,6 +58,9 @@ class ShapesSource:
             if len(sample.images) <= bucket.images:
                 return sample
             index += AGAIN
+
+    def usage(self, task: str, bucket: BucketSpec) -> None:
+        return None
 
     def unplaced(self) -> list[str]:
         return []

@@ -13,26 +13,20 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from data_pipelines.buckets import table
-from data_pipelines.loader import Loader
-from data_pipelines.media import MediaSource
-from data_pipelines.mixture import Mixture, Schedule
-from data_pipelines.packing import SamplingOptions
+from data_pipelines.problems import Problems
 from data_pipelines.prompts import Prompter
-from data_pipelines.shapes import held_out
-from data_pipelines.sources import ShapesSource
 from launch import cli
 from launch.config import parse
 from launch.convert import import_parts
-from launch.previews import Previews, preview_tasks
-from vino_jax.batch import BucketSpec, PackedTask
+from launch.data import StageData, check_data, problems_file
+from launch.previews import Previews
 from vino_jax.checkpoint import model as model_checkpoint
 from vino_jax.checkpoint.run import RunCheckpoints
 from vino_jax.convert.parts import Given, processor_files
 from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
 from vino_jax.nn.module import Params
-from vino_jax.settings import VinoConfig, nearest
+from vino_jax.settings import VinoConfig
 from vino_jax.sharding.mesh import make_mesh
 from vino_jax.sharding.resolve import describe
 from vino_jax.sharding.rules import preset
@@ -40,16 +34,7 @@ from vino_jax.train.config import RunConfig, run_config
 from vino_jax.train.initial import finished_params, held_paths, initial_params, param_structs, resolve_model, trained_parts
 from vino_jax.train.logging import MetricWriter
 from vino_jax.train.loop import StagePlan, check_batches, make_encoder, run_stage
-from vino_jax.train.stage import StageConfig
 from vino_jax.train.workdir import checkpoints_folder, claim, initial_folder, steps_done
-
-# name -> source(config, stage's buckets, stage's tasks, prompter)
-SOURCES = {
-    "shapes": lambda config, buckets, tasks, prompter: ShapesSource(config.seed),
-    "media": lambda config, buckets, tasks, prompter: MediaSource(config.data.manifest, config.data.root, buckets, prompter, tasks),
-}
-# name -> source(config) of samples that training does not draw, for previews; a source that has none is previewed on its own
-UNSEEN = {"shapes": lambda config: ShapesSource(held_out(config.seed))}
 
 
 def initial_checkpoint(config: RunConfig, workdir: pathlib.Path) -> pathlib.Path:
@@ -63,50 +48,13 @@ def initial_checkpoint(config: RunConfig, workdir: pathlib.Path) -> pathlib.Path
     return directory
 
 
-class StageData:
-    """The samples of one stage. Raises UserError where a task of its mixture has no samples or no bucket."""
-
-    def __init__(self, config: RunConfig, stage: StageConfig, prompter: Prompter):
-        self.config, self.stage, self.prompter = config, stage, prompter
-        self.named = tuple(config.buckets[name] for name in stage.buckets)
-        self.mixture = Mixture(stage.tasks, stage.texts, stage.text_dropout, stage.image_dropout)
-        self.source = SOURCES[config.data.source](config, self.named, stage.tasks, prompter)
-        self.seed = config.seed + sum(map(ord, stage.name))  # of the plan: stages draw different samples
-        self.schedule = Schedule(self.seed, self.mixture, self.named, self.source)
-
-    @property
-    def buckets(self) -> tuple[BucketSpec, ...]:
-        """Those that the mixture draws."""
-        return tuple(entry.bucket for entry in self.schedule.used)
-
-    @property
-    def shift(self) -> tuple[float, float]:
-        return self.config.data.shift_image, self.config.data.shift_video
-
-    def loader(self, start: int) -> Loader:
-        """Batches from step `start` on, this process's rows."""
-        return Loader(self.source, self.mixture, self.named, self.prompter, self.seed, start, self.stage.steps, jax.process_index(),
-                      jax.process_count(), self.config.data.threads, self.config.data.prefetch, self.shift)
-
-    def table(self) -> str:
-        """Buckets, tasks, tokens and shares, and what fits nowhere."""
-        return table(self.schedule.assigned, self.source.unplaced())
-
-    def preview_tasks(self) -> list[PackedTask]:
-        log, unseen = self.config.log, UNSEEN.get(self.config.data.source)
-        options = SamplingOptions(guidance=log.preview_guidance, negative_prompt="", seed=self.config.seed)
-        source = unseen(self.config) if unseen else self.source
-        return preview_tasks(self.schedule, source, self.prompter, log.preview_count, options, self.shift)
-
-
 def train(config: RunConfig, workdir: pathlib.Path, *, quiet: bool = False) -> pathlib.Path:
     """Run all stages and return the directory of the model checkpoint at their end.
 
     Raises UserError, before it touches anything, where the config does not go with the machine or with what stands in the workdir.
     """
     say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
-    if config.data.source not in SOURCES:
-        raise UserError(f"unknown data source {config.data.source!r}{nearest(config.data.source, SOURCES)}")
+    check_data(config)
     mesh, rules = make_mesh(config.mesh.sizes), preset(config.mesh.preset)
     for stage in config.stages.values():
         check_batches(stage, [config.buckets[name] for name in stage.buckets], mesh, rules)
@@ -116,9 +64,13 @@ def train(config: RunConfig, workdir: pathlib.Path, *, quiet: bool = False) -> p
     vino = Vino(resolve_model(directory, config.model), config.runtime)
     processor = pathlib.Path(config.data.processor) if config.data.processor else model_checkpoint.processor_folder(directory)
     prompter, files = Prompter(processor), processor_files(processor)
-    datas = {name: StageData(config, stage, prompter) for name, stage in config.stages.items()}
+    problems = Problems(problems_file(config, workdir))
+    datas = {name: StageData(config, stage, prompter, problems) for name, stage in config.stages.items()}
     for name, data in datas.items():
         say(f"{name}: {data.stage.steps} steps\n{data.table()}")
+    told = problems.listed()
+    if told:
+        say(f"{len(told)} items are wrong and left out, listed in {problems.file}")
     average = run_stages(config, vino, directory, datas, mesh, rules, workdir, quiet, say)
 
     final, done = workdir / "model", steps_done(workdir, config.stages)

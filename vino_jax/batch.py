@@ -134,6 +134,11 @@ class BucketSpec:
         """R: the pool and two boundary tokens a reference."""
         return self.pool_tokens + 2 * (self.images + bool(self.video_frames))
 
+    @property
+    def tokens(self) -> int:
+        """Of a row: target and references in the MMDiT's sequence, and the prompt."""
+        return self.target_tokens + self.reference_tokens + self.prompt_tokens
+
     def spec(self, moments: int = 0) -> Batch:
         """The batch as ShapeDtypeStructs; moments: 0 for pixels, else 2C for precomputed VAE moments."""
         b, n, p, r = self.batch, self.prompt_tokens, self.patches, self.reference_tokens

@@ -66,6 +66,12 @@ def test_processes_concatenate_to_one(prompter, whole, count):
         assert equal(batch, jax.tree.map(lambda *x: np.concatenate(x), *(b for _, _, b in some)))
 
 
+def test_processes_that_pack_give_the_same(prompter, whole):
+    with loader(prompter, start_step=3, workers=2, threads=2) as batches:
+        rest = list(batches)
+    assert [r[:2] for r in rest] == [w[:2] for w in whole[3:]] and all(equal(a[2], b[2]) for a, b in zip(rest, whole[3:], strict=True))
+
+
 def test_resuming_is_starting_at_the_next_step(prompter, whole):
     with loader(prompter, start_step=7, threads=2, prefetch=3) as batches:
         rest = list(batches)
@@ -113,7 +119,7 @@ def test_waiting_is_measured_and_a_closed_loader_stops(prompter):
 
 def test_the_table_and_the_rows_of_processes(prompter):
     with loader(prompter, Mixture({"t2i": 1.0}, {"long": 1.0})) as batches:
-        assert "picture" in table(batches.schedule.assigned, batches.source.unplaced())
+        assert "picture" in table(batches.schedule.assigned, ShapesSource(5))
         assert [a.bucket.name for a in batches.schedule.used] == ["picture"]
     with pytest.raises(UserError, match="bucket 'clip' has 4 rows, which do not divide by 8 processes"):
         loader(prompter, process_count=8)

@@ -120,7 +120,7 @@ def test_pixels_are_those_of_the_files(root):
     assert np.array_equal(first.images[0], first.target[0])
     edited = source.sample("tiv2v", by_name["clip_edit"], 0)
     assert edited.images[0].shape == (32, 48, 3) and (edited.images[0][:, :4] == 255).all()  # a square picture, letterboxed
-    assert edited.video.shape == (5, 32, 48, 3) and edited.texts == {"instruction": "Put her in."}
+    assert edited.video.shape == (5, 32, 48, 3) and edited.texts == {"instruction": ("Put her in.",)}
 
 
 def test_cutting_is_even():
@@ -132,8 +132,9 @@ def test_cutting_is_even():
 def test_all_eight_tasks_become_batches(root):
     mixture = Mixture(WEIGHTS, {"long": .4, "short": .3, "instruction": .3}, 0.0, 0.0)
     seen, prompter = {}, Prompter(SMALL_VLM)
-    with Loader(source_of(root, LINES, BUCKETS, prompter), mixture, BUCKETS, prompter, 0, stop_step=60, threads=2) as batches:
-        told = table(batches.schedule.assigned, batches.source.unplaced())
+    source = source_of(root, LINES, BUCKETS, prompter)
+    with Loader(source, mixture, BUCKETS, prompter, 0, stop_step=60, threads=2) as batches:
+        told = table(batches.schedule.assigned, source)
         for _, name, batch in batches:
             spec = next(b for b in BUCKETS if b.name == name).spec()
             assert batch.target.shape == spec.target.shape and batch.tokens.shape == spec.tokens.shape
@@ -155,7 +156,7 @@ def test_all_eight_tasks_become_batches(root):
     ({"task": "t2v", "target": "manifest.jsonl", "long": "x"}, "cannot read the video"),
     ({"task": "t2i", "target": "coffee.png", "long": "x", "images": ["coffee.png"]}, "task t2i takes no 'images'"),
     ({"task": "ti2i", "target": "coffee.png", "long": "x"}, "task ti2i needs 'images'"),
-    ({"task": "ti2i", "target": "coffee.png", "long": "x", "images": "coffee.png"}, "'images' must be a list of paths"),
+    ({"task": "ti2i", "target": "coffee.png", "long": "x", "images": "coffee.png"}, "'images' must be a list of strings"),
     ({"task": "tv2v", "target": "mid.mp4", "long": "x"}, "task tv2v needs a 'video'"),
     ({"task": "t2v", "target": "mid.mp4", "long": "x", "video": "mid.mp4"}, "task t2v takes no 'video'"),
 ])

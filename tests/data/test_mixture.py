@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from data_pipelines import mixture as mixture_module
-from data_pipelines.buckets import assign, fitting, serves, table, tightest
+from data_pipelines.buckets import assign, fitting, serves, spoils, table, tightest
 from data_pipelines.mixture import Mixture, Schedule, choose_text
+from data_pipelines.sources import Usage
 from vino_jax.batch import TASKS, BucketSpec
 from vino_jax.errors import UserError
 
@@ -36,16 +37,25 @@ class Endless:
     def unplaced(self):
         return []
 
+    def usage(self, task, bucket):
+        return None
+
 
 class Finite(Endless):
-    def __init__(self, counts):
-        self.counts = counts  # by (task, bucket name)
+    def __init__(self, counts, unplaced=(), usages=None):
+        self.counts, self.listed, self.usages = counts, list(unplaced), usages or {}  # counts, usages by (task, bucket name)
 
     def tasks(self):
         return tuple({task for task, _ in self.counts})
 
     def count(self, task, bucket):
         return self.counts.get((task, bucket.name), 0)
+
+    def unplaced(self):
+        return self.listed
+
+    def usage(self, task, bucket):
+        return self.usages.get((task, bucket.name))
 
 
 def clear_caches():
@@ -145,6 +155,8 @@ def test_text_of_a_row_is_one_that_it_has():
     assert collections.Counter(choose_text({"long": "l", "short": "s"}, {"instruction": 1.0}, d) for d in draws) == {"l": 500, "s": 500}
     assert choose_text({"long": "l", "short": "s"}, {"long": 1.0, "short": 0.0}, 0.999) == "l"
     assert choose_text({}, weights, 0.5) == ""
+    counted = collections.Counter(choose_text({"long": ("a", "b", "c"), "short": ("d",), "instruction": "i"}, weights, d) for d in draws)
+    assert counted["d"] == 250 and counted["i"] == 500 and {counted[x] for x in "abc"} == {83, 84}  # a kind's share is its texts' together
 
 
 def test_tasks_go_to_the_tightest_bucket_that_serves_them():
@@ -166,13 +178,35 @@ def test_an_item_goes_to_the_bucket_that_suits_it():
 
 
 def test_table_names_buckets_shares_and_what_fits_nowhere():
-    assigned = assign({"t2i": 1.0, "t2v": 3.0}, BUCKETS, Finite({("t2i", "picture"): 5, ("t2v", "clip"): 2}))
-    lines = table(assigned, ["a.mp4 (t2v, 3x64x64)"] + [f"b{i}" for i in range(150)]).splitlines()
+    # a picture has 16 + 96 tokens, a clip 48 + 96
+    usages = {("t2i", "picture"): Usage(16 + 40), ("t2v", "clip"): Usage(48 + 72, (0.8, 1.6))}
+    counts = {("t2i", "picture"): 5, ("t2v", "clip"): 2}
+    source = Finite(counts, ["a.mp4 (t2v, 3x64x64)"] + [f"b{i}" for i in range(150)], usages)
+    assigned = assign({"t2i": 1.0, "t2v": 3.0}, BUCKETS, source)
+    lines = table(assigned, source).splitlines()
     assert lines[0].startswith("bucket")
-    picture = next(line for line in lines if line.startswith("picture"))
-    assert "25.0 %" in picture and "t2i (5)" in picture and "1x64x64" in picture
+    picture, clip = (next(line for line in lines if line.startswith(name)) for name in ("picture", "clip "))
+    assert "25.0 %" in picture and "t2i (5)" in picture and "1x64x64" in picture and "50.0 %" in picture and " - " in picture
+    assert f"{16 * 144}" in clip and "16.7 %" in clip and "0.80-1.60 x" in clip
     assert "never drawn" in next(line for line in lines if line.startswith("edit"))
-    assert "151 items fit no bucket" in lines[7] and "a.mp4" in lines[8] and lines[-1].strip() == "and 51 more"
+    alone = 1 - (.25 * 56 + .75 * 120) / 144
+    assert lines[7] == f"padding {100 * (1 - 104 / 136):.1f} % of all tokens; in a single bucket for all it would be {100 * alone:.1f} %"
+    assert "151 items fit no bucket" in lines[8] and "a.mp4" in lines[9] and lines[-1].strip() == "and 51 more"
+    assert "padding" not in "".join(table(assigned, Finite(counts)).splitlines()[1:])  # where it is unknown
+
+
+def test_what_would_be_spoiled_fits_no_bucket():
+    assert "would lose 98 %" in spoils(1, 250, 64, 256) and not spoils(300, 450, 96, 96) and not spoils(100, 200, 64, 64)
+    assert "enlarged 64.0 times" in spoils(1, 1, 64, 64) and not spoils(16, 16, 64, 64) and not spoils(1, 250, 64, 256, cut=False)
+    assert [fitting(BUCKETS, "t2i", 0, 1, *size) for size in ((1, 1), (1, 250), (200, 64))] == [None] * 3
+
+
+def test_the_least_room_for_the_prompt_comes_first():
+    short, long = (BucketSpec(name, 8, 1, 64, 64, tokens) for name, tokens in (("s", 64), ("l", 512)))
+    assert fitting([long, short], "t2i", 0, 1, 90, 90) is short
+    larger = BucketSpec("a", 8, 1, 128, 112, 512)  # the aspect ratio of 128x112 is further off, and its area is larger
+    assert fitting([larger, short], "t2i", 0, 1, 900, 900) is short
+    assert fitting([BucketSpec("a", 8, 1, 336, 320, 512), short], "t2i", 0, 1, 900, 900).name == "a"  # 5 % are the same aspect ratio
 
 
 @pytest.mark.parametrize("tasks, source, message", [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import pixels
+from data_pipelines import files, pixels
 from data_pipelines.pixels import PixelLimits, bounded_size, letterbox, letterbox_size
 from tests.data.folders import SHARED, SMALL_VLM, needs_shared
 from vino_jax.errors import UserError
@@ -100,11 +100,11 @@ def test_clips_are_cut_scaled_and_cropped(tmp_path):
 def test_what_cannot_be_read_is_named(tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
-    for read in (pixels.read_image, lambda p: pixels.read_clip(p, 5, 4096), lambda p: pixels.read_sampled(p, 8)):
+    for read in (files.read_image, lambda p: pixels.read_clip(p, 5, 4096), lambda p: pixels.read_sampled(p, 8)):
         with pytest.raises(UserError, match="bad.png"):
             read(bad)
     Image.fromarray(np.full((4, 4, 4), 128, np.uint8), "RGBA").save(tmp_path / "alpha.png")
-    assert pixels.read_image(tmp_path / "alpha.png").shape == (4, 4, 3)
+    assert files.read_image(tmp_path / "alpha.png").shape == (4, 4, 3)
     with pytest.raises(UserError, match="too small"):
         pixels.crop_to_tokens(np.zeros((1, 8, 32, 3), np.uint8))
 

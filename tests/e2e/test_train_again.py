@@ -10,7 +10,7 @@ import pytest
 
 from configs import common
 from configs.data import bucket
-from launch import convert, train
+from launch import convert, data, train
 from tests.data.folders import SMALL_VLM
 from tests.train import tiny
 from vino_jax.checkpoint import model as model_checkpoint
@@ -69,14 +69,14 @@ def finished(initial, processor, tmp_path_factory):
     of arrays that it held at the first batch of stage 2."""
     workdir, calls = tmp_path_factory.mktemp("again") / "run", []
 
-    class Weighed(train.Loader):
+    class Weighed(data.Loader):
         def __next__(self):
             gc.collect()
             weighed.append(sum(x.nbytes for x in jax.live_arrays()) - before)
             return super().__next__()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Loader", Weighed)
+        patch.setattr(data, "Loader", Weighed)
         for steps, at in ((2, 1), (3, 0)):  # of all batches of the call
             gc.collect()
             before, weighed = sum(x.nbytes for x in jax.live_arrays()), []
@@ -101,8 +101,8 @@ def test_a_resumed_run_needs_no_more_memory(finished):
 
 def test_buckets_that_are_never_drawn_are_not_compiled(initial, processor):
     run = config(initial, processor)
-    data = train.StageData(run, run.stages["stage1"], train.Prompter(processor))
-    assert [bucket.name for bucket in data.buckets] == ["picture"]
+    drawn = data.StageData(run, run.stages["stage1"], train.Prompter(processor))
+    assert [bucket.name for bucket in drawn.buckets] == ["picture"]
 
 
 def test_frozen_parts_are_those_of_the_start_to_the_bit(finished, initial):

@@ -99,7 +99,7 @@ def _arrays(directory):
     ("--config.buckets.picture.batch=3", "the 3 rows of bucket 'picture' do not divide by 1 microbatches x 2 data shards"),
     ("--config.stages.stage2.accumulate=4", "the 4 rows of bucket 'picture' do not divide by 4 microbatches x 2 data shards"),
     ("--config.model.queries=7", "queries is 4 there, 7 here"),
-    ("--config.data.source=films", "unknown data source 'films'"),
+    ("--config.data.source=films", "unknown data.source 'films'"),
     ("--confg=x", "unknown flag '--confg=x'"),
 ])
 def test_wrong_input_is_one_line_and_exit_code_2(files, tmp_path, flag, message):

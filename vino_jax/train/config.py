@@ -42,15 +42,18 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """source: "shapes" (procedural) or "media" (a JSONL manifest of pictures and clips, paths relative to root)."""
+    """source: "shapes" (procedural) or "media" (a manifest of pictures and clips, paths relative to root: data_pipelines/manifest.py)."""
 
     source: str = "shapes"
     manifest: str = ""
     root: str = "."
+    bad_items: str = "stop"  # at the first item that is wrong, or "skip" it and list it in the workdir's skipped.jsonl
+    clips: dict[str, Any] = field(default_factory=dict)  # which frames of clips are taken: data_pipelines.media.Clips
     processor: str = ""  # tokenizer and processor folder; by default the checkpoint's
     shift_image: float = 5.0
     shift_video: float = 7.0
-    threads: int = 1
+    threads: int = 1  # of every process that packs batches
+    workers: int = 0  # processes that pack batches; 0: threads of the training process do
     prefetch: int = 8
 
 

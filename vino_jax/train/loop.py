@@ -155,7 +155,7 @@ class Meter:
         self.settle()
         self._pending = (at, bucket.name, samples, metrics)
         self._rows += bucket.batch
-        self._tokens += bucket.batch * (bucket.target_tokens + bucket.reference_tokens + bucket.prompt_tokens)
+        self._tokens += bucket.batch * bucket.tokens
 
     def settle(self) -> None:
         """Read what is not read yet. Raises UserError for a loss or gradient that is not finite, naming step and batch."""
