@@ -215,20 +215,23 @@ def _tar(manifest: Path, root: Path) -> Iterator[Entry]:
         folder, _, file = name.rpartition("/")
         stem, _, suffix = file.partition(".")
         groups.setdefault(f"{folder}/{stem}" if folder else stem, {})[suffix] = span
-    for stem, files in groups.items():
-        resolve = functools.partial(_member, manifest, stem, members)
-        described = files.get("json")
-        if described:
-            yield str(described), described.read_bytes().decode("utf-8", "replace"), resolve
-        for span in () if described else files.values():
-            if PurePosixPath(span.name).suffix.lower() in TASK_OF_SUFFIX:
-                yield str(span), _with_caption(span.name, files["txt"].read_bytes() if "txt" in files else None, f"{stem}.txt"), resolve
+    named: set[str] = set()
+    for stem, files in sorted(groups.items(), key=lambda group: "json" not in group[1]):  # first those that name others
+        resolve = functools.partial(_member, manifest, stem, members, named)
+        if "json" in files:
+            yield str(files["json"]), files["json"].read_bytes().decode("utf-8", "replace"), resolve
+            continue
+        caption = files["txt"].read_bytes() if "txt" in files else None
+        for span in files.values():
+            if PurePosixPath(span.name).suffix.lower() in TASK_OF_SUFFIX and (caption is not None or span.name not in named):
+                yield str(span), _with_caption(span.name, caption, f"{stem}.txt"), resolve
 
 
-def _member(archive: Path, stem: str, members: dict[str, Span], name: str) -> Span:
+def _member(archive: Path, stem: str, members: dict[str, Span], named: set[str], name: str) -> Span:
     found = members.get(name) or members.get(f"{stem}.{name}")
     if not found:
         raise UserError(f"{archive} has no member {name} or {stem}.{name}")
+    named.add(found.name)
     return found
 
 
