@@ -77,7 +77,8 @@ def clip_facts(media: Media | str | Path) -> Facts:
     """
     with _container(media) as container:
         codec = container.streams.video[0].codec_context
-        times = [float(p.pts * p.time_base) if p.pts is not None else 0.0 for p in container.demux(video=0) if p.size]
+        times = [float(p.pts * p.time_base) if p.pts is not None else 0.0 for p in container.demux(video=0)
+                 if p.size and not p.is_corrupt]
         if not times:
             raise UserError(f"the video {media} has no frame")
         return Facts(len(times), codec.height, codec.width, max(times) - min(times))
@@ -104,11 +105,14 @@ def read_image(media: Media | str | Path) -> np.ndarray:
 
 
 def decoded_frames(media: Media | str | Path) -> Iterator[av.VideoFrame]:
-    """Every frame of a file's first video stream, in the order in which they are shown. Raises UserError for a file without one."""
+    """Every frame of a file's first video stream, in the order in which they are shown. Raises UserError for a file without one, and at
+    the first frame that is damaged: a decoder would paint over it."""
     none = True
     with _container(media) as container:
         container.streams.video[0].thread_type = "AUTO"
         for frame in container.decode(video=0):
+            if frame.is_corrupt:
+                raise UserError(f"the video {media} is damaged at {frame.time or 0:.2f} s")
             none = False
             yield frame
     if none:
