@@ -245,14 +245,15 @@ def read_cut_clip(media: Media, count: int, height: int, width: int, start: int 
     rate: frames a second that are counted, each the one of the file that is nearest in time; None: the file's own frames.
     Raises UserError.
     """
-    kept: list[np.ndarray] = []
+    clip, filled = np.empty((count, height, width, 3), np.uint8), 0
     for frame, times in _picked(media, start, start + count, rate):
         high, wide = cover_size((frame.height, frame.width), height, width)
-        cut = _centre(frame.to_ndarray(format="rgb24", height=high, width=wide, interpolation="LANCZOS"), height, width)
-        kept += [cut] * times
-        if len(kept) == count:
-            return np.stack(kept)
-    raise UserError(f"the video {media} decodes to {start + len(kept)} frames, {start + count} are needed: "
+        image = frame.to_ndarray(format="rgb24", height=high, width=wide, interpolation="LANCZOS")
+        clip[filled:filled + times] = _centre(image, height, width)
+        filled += times
+        if filled == count:
+            return clip
+    raise UserError(f"the video {media} decodes to {start + filled} frames, {start + count} are needed: "
                     "repair it or take it out of the manifest")
 
 

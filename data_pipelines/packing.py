@@ -84,7 +84,11 @@ def pack_row(prompt: EncodedPrompt, grids: Sequence[Grid], offsets: Sequence[int
 
 def collate(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
     """A Batch of rows that were packed to the same sizes; `target`, `images`, `video` are None where the rows have none."""
-    return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    return Batch(**{name: _stacked([row[name] for row in rows]) for name in rows[0]})
+
+
+def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.stack(arrays) if len(arrays) > 1 else np.asarray(arrays[0])[None]
 
 
 # --- training ---
@@ -230,6 +234,8 @@ def _pack_branches(index: str, task: str, text: str, images: list[np.ndarray], v
 
 
 def _padded(x: np.ndarray, size: int, axis: int = 0, value: int = 0) -> np.ndarray:
+    if x.shape[axis] == size:
+        return x  # patches are large, and copies of them cost more than their making
     width = [(0, 0)] * x.ndim
     width[axis] = (0, size - x.shape[axis])
     return np.pad(x, width, constant_values=value)

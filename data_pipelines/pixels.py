@@ -198,8 +198,8 @@ def sampled_indices(length: int, count: int) -> np.ndarray:
 def image_patches(image: np.ndarray, limits: PixelLimits) -> Patches:
     """Patches of an image (H, W, 3), usually the letterboxed one: two bicubic resizes on uint8, then normalised."""
     for high, wide in limits.image_sizes(*image.shape[:2]):
-        image = _resize_bytes(image, high, wide)
-    return _patches(np.repeat(image[None].astype(np.float32), limits.temporal, 0), limits)
+        image = np.asarray(Image.fromarray(image).resize((wide, high), Image.Resampling.BICUBIC))
+    return _patches(np.repeat(_planes(image)[None], limits.temporal, 0), limits)
 
 
 def video_patches(frames: np.ndarray, limits: PixelLimits) -> Patches:
@@ -207,9 +207,12 @@ def video_patches(frames: np.ndarray, limits: PixelLimits) -> Patches:
     first, second = limits.video_sizes(*frames.shape[1:3])
     if len(frames) % limits.temporal:
         frames = np.concatenate([frames, frames[-1:]])
-    # the first resize in float, then rounded: what torch does for uint8 frames (PIL's own uint8 path rounds between its two passes)
-    rounded = (np.clip(np.rint(_resize_float(frame, *first)), 0, 255) for frame in frames)
-    return _patches(np.stack([_resize_float(frame, *second) for frame in rounded]), limits)
+    seen = np.empty((len(frames), 3, *second), np.float32)
+    for frame, out in zip(frames, seen, strict=True):
+        # the first resize in float, then rounded: what torch does for uint8 frames (PIL's own uint8 path rounds between its two passes)
+        rounded = _resize_planes(_planes(frame), *first)
+        out[:] = _resize_planes(np.clip(np.rint(rounded, out=rounded), 0, 255, out=rounded), *second)
+    return _patches(seen, limits)
 
 
 def clip_patches(clip: np.ndarray, limits: PixelLimits) -> Patches:
@@ -226,23 +229,27 @@ def patch_coordinates(grid: tuple[int, int, int], merge: int = 2) -> np.ndarray:
     return np.tile(ordered, (groups, 1)).astype(np.int32)
 
 
-def _resize_bytes(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+def _planes(image: np.ndarray) -> np.ndarray:
+    """float32 (3, H, W) of uint8 (H, W, 3); a copy."""
+    return np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)
 
 
-def _resize_float(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bicubic with antialias in float32, unclipped: PIL's mode F does what torch's antialiased resize does."""
-    if image.shape[:2] == (height, width):
-        return image.astype(np.float32)
-    planes = (Image.fromarray(np.ascontiguousarray(image[..., channel], np.float32)) for channel in range(3))
-    return np.stack([np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC)) for plane in planes], -1)
+def _resize_planes(planes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bicubic with antialias in float32 (3, H, W), unclipped: PIL's mode F does what torch's antialiased resize does."""
+    if planes.shape[1:] == (height, width):
+        return planes
+    out = np.empty((len(planes), height, width), np.float32)
+    for plane, resized in zip(planes, out, strict=True):
+        resized[:] = Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC)
+    return out
 
 
 def _patches(frames: np.ndarray, limits: PixelLimits) -> Patches:
-    """frames float32 (F, H, W, 3) in 0..255, F a multiple of the temporal patch."""
+    """frames float32 (F, 3, H, W) in 0..255, F a multiple of the temporal patch; they are overwritten."""
     p, m, t = limits.patch, limits.merge, limits.temporal
-    count, high, wide, _ = frames.shape
-    x = (frames / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
-    x = x.reshape(count // t, t, high // p // m, m, p, wide // p // m, m, p, 3)
-    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # group, row, column, row in merge, column in merge, C, t, p, p
-    return Patches(np.ascontiguousarray(x.reshape(-1, PATCH_VALUES), np.float32), (count // t, high // p, wide // p))
+    count, _, high, wide = frames.shape
+    for change, by in ((np.divide, 255), (np.subtract, 0.5), (np.divide, 0.5)):
+        change(frames, np.float32(by), out=frames)
+    x = frames.reshape(count // t, t, 3, high // p // m, m, p, wide // p // m, m, p)
+    x = x.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)  # group, row, column, row in merge, column in merge, C, t, p, p
+    return Patches(x.reshape(-1, PATCH_VALUES), (count // t, high // p, wide // p))

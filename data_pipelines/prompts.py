@@ -148,4 +148,5 @@ def _joined_patches(references: Sequence[Patches]) -> tuple[np.ndarray, np.ndarr
         return np.zeros((0, PATCH_VALUES), np.float32), np.zeros((0, 4), np.int32), np.zeros((0,), np.int32)
     frames = [h * w for t, h, w in (r.grid for r in references) for _ in range(t)]
     segments = np.repeat(np.arange(1, len(frames) + 1, dtype=np.int32), frames)
-    return np.concatenate([r.values for r in references]), np.concatenate([patch_coordinates(r.grid) for r in references]), segments
+    values = references[0].values if len(references) == 1 else np.concatenate([r.values for r in references])
+    return values, np.concatenate([patch_coordinates(r.grid) for r in references]), segments
