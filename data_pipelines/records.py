@@ -117,7 +117,7 @@ def read_index(shard: Path) -> tuple[list[dict], str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read the index {file} ({error or type(error).__name__}): {AGAIN}") from None
     size = shard.stat().st_size if shard.is_file() else None
-    wrong = "is missing" if size is None else f"has {size} bytes and not the {header['shard_bytes']} that were written: {AGAIN}"
+    wrong = "is missing: run launch.ingest again" if size is None else f"has {size} bytes and not the {header['shard_bytes']} that were written: {AGAIN}"
     return lines, "" if size == header["shard_bytes"] else f"the shard {shard} {wrong}"
 
 
@@ -138,11 +138,19 @@ def encode(line: Mapping, data: Mapping[str, bytes]) -> bytes:
     def media(part, said):
         return {**said, "bytes": data[part], "name": _utf8(said["name"])}
     nothing = {"name": "", "sha256": "", "frames": 0, "height": 0, "width": 0, "seconds": 0.0}
-    return features().serialize_example(features().encode_example({
+    example = features().encode_example({
         "key": line["key"], "id": _utf8(line["id"]), "task": line["task"], "base_image": line["base_image"],
         **{kind: line["texts"].get(kind, []) for kind in TEXTS},
         "target": media("target", line["target"]), "images": [media(f"images/{i}", said) for i, said in enumerate(line["images"])],
-        "video": media("video", line["video"]) if line["video"] else {**nothing, "bytes": b""}}))
+        "video": media("video", line["video"]) if line["video"] else {**nothing, "bytes": b""}})
+    return _serializer().get_tf_example(example).SerializeToString(deterministic=True)  # else the order of its keys is random
+
+
+@functools.cache
+def _serializer():
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    return ExampleSerializer(features().get_serialized_info())
 
 
 def _utf8(name: str) -> bytes:
