@@ -117,7 +117,8 @@ def read_index(shard: Path) -> tuple[list[dict], str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read the index {file} ({error or type(error).__name__}): {AGAIN}") from None
     size = shard.stat().st_size if shard.is_file() else None
-    wrong = "is missing: run launch.ingest again" if size is None else f"has {size} bytes and not the {header['shard_bytes']} that were written: {AGAIN}"
+    wrong = f"has {size} bytes and not the {header['shard_bytes']} that were written: {AGAIN}"
+    wrong = "is missing: run launch.ingest again" if size is None else wrong
     return lines, "" if size == header["shard_bytes"] else f"the shard {shard} {wrong}"
 
 

@@ -221,7 +221,9 @@ def test_what_counts_is_a_whole_shard_with_its_index(ingested, root, tmp_path, c
     assert sorted(ids(output)) == sorted(whole)
 
 
-def test_two_workers_write_the_same_bytes(ingested, root, tmp_path):
+def test_two_workers_write_the_same_bytes(ingested, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "encode", None)  # this process writes nothing itself
+    monkeypatch.setenv("JAX_PLATFORMS", "none_such")  # and the others start no device
     assert ingest(ingested[0], root, tmp_path / "out", workers=2) == Summary(14, 2, 0, 0)
     assert not multiprocessing.active_children()
     names = sorted(files(ingested[1]))
@@ -273,6 +275,28 @@ def test_bytes_that_were_replaced_are_found_by_their_hash(root, tmp_path):
         source.sample("t2i", BUCKETS[0], 0)
 
 
+@pytest.mark.parametrize("file", ["train-00000.array_record", "train-00001.jsonl", INFO])
+def test_damage_of_any_kind_is_told_or_harms_nothing(ingested, tmp_path, file):
+    output, random = copy_of(ingested[1], tmp_path / "out"), np.random.default_rng(0)
+    file = folder_of(output) / file
+    data = np.frombuffer(file.read_bytes(), np.uint8)
+    def content():
+        return [(item.id, item.texts, part, media.read_bytes()) for _, item in read_items(output, output, Problems())
+                for part, (media, _) in command.parts_of(item).items()]
+    wanted, told = content(), 0
+    for trial in range(40):
+        at, length = random.integers(len(data)), random.choice([1, 1, 2, 64, 70000])
+        damaged = np.array(data)
+        damaged[at:at + length] ^= random.integers(1, 256, len(damaged[at:at + length]), np.uint8)
+        file.write_bytes((damaged[:at] if trial % 10 == 0 else damaged).tobytes())
+        try:
+            assert content() == wanted
+        except UserError as error:
+            told += 1
+            assert str(output) in str(error) and "launch.ingest" in str(error), error
+    assert told > 15
+
+
 def test_a_shard_that_is_cut_off_is_told_before_the_run(ingested, tmp_path):
     output = copy_of(ingested[1], tmp_path / "out")
     shard = shard_path(folder_of(output), 1)
@@ -292,8 +316,8 @@ def test_broken_media_are_found_while_they_are_ingested(root, tmp_path, workers,
     for name in ("coffee.png", "long.mp4"):
         (tmp_path / name).write_bytes((root / name).read_bytes())
     good = [{**LINES[1], "id": f"item {i}"} for i in range(9)]
-    lines = [*good[:5], {"task": "t2v", "target": "broken.mp4", "short": "x"}, {"task": "t2i", "target": "none.png", "short": "x"}, *good[5:],
-             {"task": "t2i", "target": "broken.png", "short": "x"}, LINES[3]]
+    lines = [*good[:5], {"task": "t2v", "target": "broken.mp4", "short": "x"}, {"task": "t2i", "target": "none.png", "short": "x"},
+             *good[5:], {"task": "t2i", "target": "broken.png", "short": "x"}, LINES[3]]
     output = tmp_path / "out"
     arguments = ["--manifest", str(listed(tmp_path, lines)), "--root", str(tmp_path), "--output", str(output), "--workers", str(workers)]
     with pytest.raises(UserError, match=r"manifest.jsonl:7: there is no file .*none.png"):
