@@ -17,7 +17,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -87,44 +86,53 @@ class Summary:
     shards: int
     kept: int
     dropped: int
+    wrong: int = 0
 
 
-def ingest(manifest: Path, root: Path, output: Path, workers: int = 1, problems: Problems | None = None, quiet: bool = True) -> Summary:
+def ingest(manifest: Path, root: Path, output: Path, workers: int = 1, skip: bool = False, quiet: bool = True) -> Summary:
     """Make `output` hold what the manifest lists; see above.
 
-    problems: what becomes of items that are wrong; by default the first ends the run, and what was finished by then stays.
-    Raises UserError for a manifest that cannot be read or of which no item can be used, and where `problems` stops.
+    skip: list items that are wrong in output/skipped.jsonl and go on, instead of ending with the first; what was finished by then stays.
+    Raises UserError for a manifest that cannot be read or of which no item can be used, and where nothing can be written.
     """
-    problems, folder = problems or Problems(), folder_of(output)
+    folder, skipped = folder_of(output), output / "skipped.jsonl"
     if manifest.resolve() == output.resolve():
         raise UserError(f"the manifest and the output are the same folder {output}")
-    items = read_items(manifest, root, problems)
     cli.make_output(folder)
-    with locked(folder):
-        present = clean(folder)
-        jobs = plan(items, workers, problems, quiet)
-        known, wanted = {key for keys in present.values() for key in keys}, {job.key for job in jobs}
-        shards = list(divide([job for job in jobs if job.key not in known]))
-        first = max(present, default=-1) + 1
-        for file, lines in write(folder, shards, workers, problems, quiet):
-            if lines:
-                number = max(present, default=-1) + 1
-                put(folder, number, file, lines)
-                present[number] = [line["key"] for line in lines]
-            else:  # all of its items are wrong
-                file.unlink()
-        if not any(key in wanted for keys in present.values() for key in keys):
-            raise UserError(f"no item of the manifest {manifest} can be used")
-        dropped = tidy(folder, present, wanted)
-        kept = sum(key in wanted for key in known)
-        if shards or dropped or not published(folder, present):
-            publish(folder, [len(keys) for keys in present.values()])
-    total = sum(map(len, present.values()))
-    return Summary(total - kept, sum(number >= first for number in present), kept, dropped)
+    try:
+        with locked(folder):
+            skipped.unlink(missing_ok=True)  # it lists what this run leaves out
+            return _update(folder, manifest, root, workers, Problems(skipped if skip else None), quiet)
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error}") from None
+
+
+def _update(folder: Path, manifest: Path, root: Path, workers: int, problems: Problems, quiet: bool) -> Summary:
+    present = clean(folder)
+    jobs = plan(read_items(manifest, root, problems), workers, problems, quiet)
+    known, wanted = {key for keys in present.values() for key in keys}, {job.key for job in jobs}
+    shards = list(divide([job for job in jobs if job.key not in known]))
+    first = number = max(present, default=-1) + 1
+    for file, lines in write(folder, shards, workers, problems, quiet):
+        if lines:
+            put(folder, number, file, lines)
+            present[number] = [line["key"] for line in lines]
+            number += 1
+        else:  # all of its items are wrong
+            file.unlink()
+    if not any(key in wanted for keys in present.values() for key in keys):
+        raise UserError(f"no item of the manifest {manifest} can be used")
+    dropped = tidy(folder, present, wanted)
+    lengths = [len(keys) for keys in present.values()]
+    if number > first or dropped or not published(folder, lengths):
+        publish(folder, lengths)
+    kept = len(known & wanted)
+    return Summary(sum(lengths) - kept, number - first, kept, dropped, len(problems.listed()))
 
 
 def tidy(folder: Path, present: dict[int, list[str]], wanted: set[str]) -> int:
-    """Drop the items that are not wanted and close the gaps between shards, in the folder and in `present`; how many were dropped."""
+    """Drop the items that are not wanted and close the gaps between shards; how many were dropped. present: number -> keys, in order;
+    the shards that stay are left in it, in order, under the numbers that they had."""
     stale = [number for number, keys in present.items() if not wanted.issuperset(keys)]
     before = sum(map(len, present.values()))
     if stale or list(present) != list(range(len(present))):
@@ -138,10 +146,10 @@ def tidy(folder: Path, present: dict[int, list[str]], wanted: set[str]) -> int:
     return before - sum(map(len, present.values()))
 
 
-def published(folder: Path, present: dict[int, list[str]]) -> bool:
-    """Whether TFDS' metadata is that of these shards."""
+def published(folder: Path, lengths: list[int]) -> bool:
+    """Whether TFDS' metadata is that of shards of these lengths."""
     try:
-        return shard_lengths(folder) == [len(keys) for keys in present.values()]
+        return shard_lengths(folder) == lengths
     except UserError:
         return False
 
@@ -282,16 +290,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     if flags.workers < 1:
         raise UserError(f"--workers is {flags.workers} and must be at least 1")
-    cli.make_output(flags.output)
-    skipped = flags.output / "skipped.jsonl"
-    skipped.unlink(missing_ok=True)  # it lists what this run leaves out
-    problems = Problems(skipped if flags.skip else None)
-    done = ingest(flags.manifest, flags.root, flags.output, flags.workers, problems, flags.quiet)
+    done = ingest(flags.manifest, flags.root, flags.output, flags.workers, flags.skip, flags.quiet)
     what = f"{done.written} items written in {done.shards} shards" if done.written else "nothing to write"
     print(f"{flags.output}: {what}, {done.kept} were there already, {done.dropped} dropped")
-    told = problems.listed()
-    if told:
-        print(f"{len(told)} items are wrong and left out, listed in {skipped}", file=sys.stderr)
+    if done.wrong:
+        print(f"{done.wrong} items are wrong and left out, listed in {flags.output / 'skipped.jsonl'}")
 
 
 if __name__ == "__main__":
