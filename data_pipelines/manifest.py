@@ -32,6 +32,7 @@ from data_pipelines.buckets import NEEDS
 from data_pipelines.files import Media, Span
 from data_pipelines.mixture import TEXTS
 from data_pipelines.problems import Problems
+from data_pipelines.records import entries, is_ingested
 from vino_jax.batch import TASKS
 from vino_jax.errors import UserError
 
@@ -244,6 +245,8 @@ READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet, ".tar": _tar}
 
 
 def _reader(manifest: Path) -> Callable[[Path, Path], Iterator[Entry]]:
+    if manifest.is_dir() and is_ingested(manifest):
+        return entries
     if manifest.is_dir():
         return _tars if any(manifest.glob("*.tar")) else _captioned
     if manifest.suffix not in READERS:
