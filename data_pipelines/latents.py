@@ -162,13 +162,11 @@ def finished(folder: Path) -> set[str]:
 
 
 class LatentWriter:
-    """Writes the shards of process `shard` of `count`, after those that it wrote in former runs. A context: left by an error too, it
-    finishes the shard under way, as every record in it is whole."""
+    """Writes the shards of process `shard` of `count`, after those that it finished in former runs; one that a kill left unfinished is
+    written over. A context: left by an error too, it finishes the shard under way, as every record in it is whole."""
 
     def __init__(self, folder: Path, shard: int, count: int, shard_bytes: int = SHARD_BYTES):
         self._folder, self._name, self._limit = folder, shard_name(shard, count), shard_bytes
-        for file in folder.glob(f"{self._name}-*{UNFINISHED}"):  # of a run that was killed
-            file.unlink()
         self._number, self._writer, self._keys, self._bytes, self._begun = 0, None, [], 0, 0.0
 
     def add(self, key: str, record: bytes) -> None:
