@@ -47,7 +47,7 @@ def config(**entries) -> ml_collections.ConfigDict:
         "mesh": {"preset": "fsdp", "data": 1, "fsdp": -1, "seq": 1, "tensor": 1},
         "data": {"source": "shapes", "manifest": "", "root": ".", "bad_items": "stop",
                  "clips": {"windows": "head", "count": 1, "stride": 0, "compat": "reference"},
-                 "processor": "", "shift_image": 5.0, "shift_video": 7.0, "threads": 1, "workers": 0, "prefetch": 8},
+                 "precomputed": "", "processor": "", "shift_image": 5.0, "shift_video": 7.0, "threads": 1, "workers": 0, "prefetch": 8},
         "buckets": {},
         "stages": {},
         "log": {"every": 10, "checkpoint_every": 100, "keep": 2, "preview_every": 0, "preview_count": 4, "preview_sampling_steps": 20,

@@ -11,9 +11,10 @@ import numpy as np
 from data_pipelines.files import read_image
 from data_pipelines.pixels import Patches, crop_to_tokens, letterbox, letterbox_size, read_clip, read_sampled
 from data_pipelines.prompts import EncodedPrompt, Prompter
-from data_pipelines.samples import Sample
+from data_pipelines.samples import Sample, check_finite
 from data_pipelines.tasks import IMAGE_SIZED, NEGATIVE_IMAGE, NEGATIVE_VIDEO, VIDEO_SIZED, Task
 from vino_jax.batch import (
+    LATENT_COMPRESSION,
     PIXELS_A_TOKEN,
     ROLE_LATENT,
     ROLE_MARKER,
@@ -96,47 +97,83 @@ def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
 
 def pack_sample(sample: Sample, text: str, bucket: BucketSpec, prompter: Prompter, *, drop_images: bool = False,
                 shift: tuple[float, float] = SHIFT, index: int = 0) -> dict[str, np.ndarray]:
-    """A training row: the fields of `pack_row` plus target (F, H, W, 3), images (N, H, W, 3) and video (F, H, W, 3), uint8.
+    """A training row: the fields of `pack_row` and of `pack_visuals`.
 
-    Reference images are letterboxed onto the bucket's canvas. With `drop_images` (condition dropout) they are absent from prompt
-    and context, all but a base image, and leave black slots, as do slots that the sample does not fill. `shift` is for pictures
-    and clips. Raises UserError, naming the sample and the bucket, when it does not fit.
+    With `drop_images` (condition dropout) reference images are absent from prompt and context, all but a base image, and leave zeros in
+    their slots, as do slots that the sample does not fill. `shift` is for pictures and clips. Raises UserError, naming the sample and
+    the bucket, when it does not fit, and for moments that are not finite.
     """
-    images = sample.images[-1:] if drop_images and sample.base_image else () if drop_images else sample.images
+    check_finite(sample)
+    sample = sample.without_images() if drop_images else sample
     try:
-        _check_fit(sample, images, bucket)
-        images = [letterbox(np.asarray(image), bucket.image_height, bucket.image_width) for image in images]
-        seen = [prompter.see_image(image) for image in images]
-        clip = prompter.see_clip(sample.video) if sample.video is not None else None
-        image_grid = token_grid(1, bucket.image_height, bucket.image_width)
-        image_tokens = visual_tokens(1, bucket.image_height, bucket.image_width)
-        grids, offsets = [image_grid] * len(images), [i * image_tokens for i in range(len(images))]
-        if clip is not None:
+        _check_fit(sample, bucket)
+        sample = see(sample, bucket, prompter)
+        count, image_tokens = len(sample.images), visual_tokens(1, bucket.image_height, bucket.image_width)
+        grids, offsets = [token_grid(1, bucket.image_height, bucket.image_width)] * count, [i * image_tokens for i in range(count)]
+        if sample.video is not None:
             grids.append(token_grid(bucket.video_frames, bucket.video_height, bucket.video_width))
             offsets.append(bucket.images * image_tokens)
-        row = pack_row(prompter.encode(text, seen, clip), grids, offsets, (bucket.prompt_tokens, bucket.patches, bucket.reference_tokens),
+        prompt = prompter.encode(text, sample.seen[:count], None if sample.video is None else sample.seen[count])
+        row = pack_row(prompt, grids, offsets, (bucket.prompt_tokens, bucket.patches, bucket.reference_tokens),
                        task=sample.task, shift=shift[bucket.frames > 1], sample=index)
     except UserError as error:
         raise UserError(f"sample {sample.id!r} does not fit bucket {bucket.name!r}: {error}") from None
-    row["target"] = np.ascontiguousarray(sample.target)
+    return row | pack_visuals(sample, bucket)
+
+
+def see(sample: Sample, bucket: BucketSpec, prompter: Prompter) -> Sample:
+    """The sample with its reference images letterboxed onto the bucket's canvas, and what the VLM sees of its references, made of that."""
+    if sample.seen is not None:
+        return sample
+    images = tuple(letterbox(np.asarray(image), bucket.image_height, bucket.image_width) for image in sample.images)
+    clips = () if sample.video is None else (prompter.see_clip(sample.video),)
+    return replace(sample, images=images, seen=(*map(prompter.see_image, images), *clips))
+
+
+def pack_visuals(sample: Sample, bucket: BucketSpec) -> dict[str, np.ndarray]:
+    """target (F, H, W, 3), images (N, H, W, 3) and video (F, H, W, 3) of a row, uint8; of a sample of moments (f, h, w, 2C),
+    (N, h, w, 2C) and (f, h, w, 2C), float32. Zeros where the sample leaves a slot of the bucket empty."""
+    row, dtype = {"target": np.ascontiguousarray(sample.target)}, sample.target.dtype
     if bucket.images:
-        row["images"] = np.zeros((bucket.images, bucket.image_height, bucket.image_width, 3), np.uint8)
-        row["images"][:len(images)] = images if images else 0
+        row["images"] = np.zeros((bucket.images, *_stored(1, bucket.image_height, bucket.image_width, sample.moments)[1:]), dtype)
+        row["images"][:len(sample.images)] = sample.images or 0
     if bucket.video_frames:
-        row["video"] = (np.zeros((bucket.video_frames, bucket.video_height, bucket.video_width, 3), np.uint8) if sample.video is None
-                        else np.ascontiguousarray(sample.video))
+        row["video"] = (np.zeros(_stored(bucket.video_frames, bucket.video_height, bucket.video_width, sample.moments), dtype)
+                        if sample.video is None else np.ascontiguousarray(sample.video))
     return row
 
 
-def _check_fit(sample: Sample, images: Sequence[np.ndarray], bucket: BucketSpec) -> None:
-    want = (bucket.frames, bucket.height, bucket.width, 3)
+def _stored(frames: int, height: int, width: int, moments: int) -> tuple[int, int, int, int]:
+    """Shape of a clip of that size in pixels: of its pixels, or of its moments (2C of them)."""
+    if not moments:
+        return frames, height, width, 3
+    return latent_frames(frames), height // LATENT_COMPRESSION, width // LATENT_COMPRESSION, moments
+
+
+def _check_fit(sample: Sample, bucket: BucketSpec) -> None:
+    want = _stored(bucket.frames, bucket.height, bucket.width, sample.moments)
     if sample.target.shape != want:
         raise UserError(f"its target is {sample.target.shape}, the bucket takes {want}")
-    if len(images) > bucket.images:
-        raise UserError(f"it has {len(images)} reference images, there are {bucket.images} slots")
-    want = (bucket.video_frames, bucket.video_height, bucket.video_width, 3)
+    if len(sample.images) > bucket.images:
+        raise UserError(f"it has {len(sample.images)} reference images, there are {bucket.images} slots")
+    want = _stored(bucket.video_frames, bucket.video_height, bucket.video_width, sample.moments)
     if sample.video is not None and sample.video.shape != want:
         raise UserError(f"its reference video is {sample.video.shape}, the bucket takes {want if bucket.video_frames else 'none'}")
+    if sample.moments:
+        _check_moments(sample, bucket)
+
+
+def _check_moments(sample: Sample, bucket: BucketSpec) -> None:
+    """What pixels are not asked: they are brought to the bucket's size, and what the VLM sees is made of them."""
+    want = _stored(1, bucket.image_height, bucket.image_width, sample.moments)[1:]
+    for image in sample.images:
+        if image.shape != want:
+            raise UserError(f"its reference image is {image.shape}, the bucket takes {want}")
+    kinds = {x.dtype.name for x in (sample.target, *sample.images, sample.video) if x is not None}
+    if kinds != {"float32"}:
+        raise UserError(f"its moments are {' and '.join(sorted(kinds))}, not float32")
+    if len(sample.seen or ()) != sample.references:
+        raise UserError(f"it has moments of {sample.references} references and VLM patches of {len(sample.seen or ())}")
 
 
 # --- sampling ---

@@ -1,9 +1,15 @@
 """The data of a training config: its sources, and what of them each stage draws."""
+import dataclasses
+import hashlib
+import json
 import pathlib
+from collections.abc import Callable
 
 import jax
 
 from data_pipelines.buckets import table
+from data_pipelines.latent_source import LatentSource
+from data_pipelines.latents import Hashes, Keys, Latents
 from data_pipelines.loader import Loader
 from data_pipelines.media import Clips, MediaSource
 from data_pipelines.mixture import Mixture, Schedule
@@ -11,9 +17,10 @@ from data_pipelines.packing import SamplingOptions
 from data_pipelines.problems import Problems
 from data_pipelines.prompts import Prompter
 from data_pipelines.shapes import held_out
-from data_pipelines.sources import ShapesSource
+from data_pipelines.sources import ShapesSource, Source
 from launch.previews import preview_tasks
 from vino_jax.batch import BucketSpec, PackedTask
+from vino_jax.checkpoint import model as model_checkpoint
 from vino_jax.errors import UserError
 from vino_jax.settings import build, nearest
 from vino_jax.train.config import RunConfig
@@ -30,6 +37,7 @@ def _media(config: RunConfig, buckets, tasks, prompter: Prompter, problems: Prob
 SOURCES = {"shapes": lambda config, buckets, tasks, prompter, problems: ShapesSource(config.seed), "media": _media}
 # name -> source(config) of samples that training does not draw, for previews; a source that has none is previewed on its own
 UNSEEN = {"shapes": lambda config: ShapesSource(held_out(config.seed))}
+ENDLESS = ("shapes",)  # sources whose samples never end: not all can be encoded beforehand
 
 
 def clip_options(config: RunConfig) -> Clips:
@@ -44,6 +52,14 @@ def check_data(config: RunConfig) -> None:
         if value not in known:
             raise UserError(f"unknown data.{key} {value!r}{nearest(value, known)}")
     clip_options(config)
+    if data.precomputed:
+        check_ends(config)
+
+
+def check_ends(config: RunConfig) -> None:
+    """Raises UserError for a data set that cannot be encoded beforehand."""
+    if config.data.source in ENDLESS:
+        raise UserError(f"data.source {config.data.source!r} never ends: it cannot be encoded beforehand, train on its pixels")
 
 
 def problems_file(config: RunConfig, workdir: pathlib.Path) -> pathlib.Path | None:
@@ -51,17 +67,51 @@ def problems_file(config: RunConfig, workdir: pathlib.Path) -> pathlib.Path | No
     return workdir / "skipped.jsonl" if config.data.bad_items == "skip" else None
 
 
+def vae_identity(config: RunConfig, directory: pathlib.Path) -> str:
+    """What stands for the VAE of the model checkpoint `directory` as this config computes with it: other moments, another identity.
+
+    Raises UserError where the checkpoint has none.
+    """
+    info = model_checkpoint.read_info(directory)
+    if "vae" not in info.parts:
+        raise UserError(f"{directory} has no VAE: there is nothing to encode with")
+    part = info.parts["vae"]
+    facts = {"weights": part.sha256 or model_checkpoint.arrays_sha256(directory, "vae", info), "stored": part.dtype,
+             "vae": dataclasses.asdict(info.config.vae), "dtype": config.runtime.dtype}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def make_keys(config: RunConfig, directory: pathlib.Path, prompter: Prompter, hashes: Hashes) -> Keys:
+    """What samples encoded by the VAE of the model checkpoint `directory` are found by. Raises UserError: see `vae_identity`."""
+    return Keys(vae_identity(config, directory), prompter.limits, clip_options(config), hashes)
+
+
+def precomputed_source(config: RunConfig, directory: pathlib.Path, prompter: Prompter) -> Callable[[MediaSource, tuple], Source] | None:
+    """(source, its buckets) -> the same samples from config.data.precomputed; None where that is empty. Raises UserError.
+
+    directory: the model checkpoint that the run starts from.
+    """
+    if not config.data.precomputed:
+        return None
+    folder = pathlib.Path(config.data.precomputed)
+    latents, keys = Latents(folder), make_keys(config, directory, prompter, Hashes(folder))
+    return lambda source, buckets: LatentSource(source, buckets, latents, keys)
+
+
 class StageData:
-    """The samples of one stage. problems: what becomes of items that are wrong (by default they end the run).
+    """The samples of one stage. problems: what becomes of items that are wrong (by default they end the run). precomputed: see
+    `precomputed_source`; previews take pixels all the same.
 
     Raises UserError where a task of the stage's mixture has no samples or no bucket.
     """
 
-    def __init__(self, config: RunConfig, stage: StageConfig, prompter: Prompter, problems: Problems | None = None):
+    def __init__(self, config: RunConfig, stage: StageConfig, prompter: Prompter, problems: Problems | None = None,
+                 precomputed: Callable[[MediaSource, tuple], Source] | None = None):
         self.config, self.stage, self.prompter = config, stage, prompter
         self.named = tuple(config.buckets[name] for name in stage.buckets)
         self.mixture = Mixture(stage.tasks, stage.texts, stage.text_dropout, stage.image_dropout)
-        self.source = SOURCES[config.data.source](config, self.named, stage.tasks, prompter, problems or Problems())
+        self.pixels = SOURCES[config.data.source](config, self.named, stage.tasks, prompter, problems or Problems())
+        self.source = precomputed(self.pixels, self.named) if precomputed else self.pixels
         self.seed = config.seed + sum(map(ord, stage.name))  # of the plan: stages draw different samples
         self.schedule = Schedule(self.seed, self.mixture, self.named, self.source)
 
@@ -86,5 +136,5 @@ class StageData:
     def preview_tasks(self) -> list[PackedTask]:
         log, unseen = self.config.log, UNSEEN.get(self.config.data.source)
         options = SamplingOptions(guidance=log.preview_guidance, negative_prompt="", seed=self.config.seed)
-        source = unseen(self.config) if unseen else self.source
+        source = unseen(self.config) if unseen else self.pixels
         return preview_tasks(self.schedule, source, self.prompter, log.preview_count, options, self.shift)

@@ -18,7 +18,7 @@ from data_pipelines.prompts import Prompter
 from launch import cli
 from launch.config import parse
 from launch.convert import import_parts
-from launch.data import StageData, check_data, problems_file
+from launch.data import StageData, check_data, precomputed_source, problems_file
 from launch.previews import Previews
 from vino_jax.checkpoint import model as model_checkpoint
 from vino_jax.checkpoint.run import RunCheckpoints
@@ -65,7 +65,8 @@ def train(config: RunConfig, workdir: pathlib.Path, *, quiet: bool = False) -> p
     processor = pathlib.Path(config.data.processor) if config.data.processor else model_checkpoint.processor_folder(directory)
     prompter, files = Prompter(processor), processor_files(processor)
     problems = Problems(problems_file(config, workdir))
-    datas = {name: StageData(config, stage, prompter, problems) for name, stage in config.stages.items()}
+    precomputed = precomputed_source(config, directory, prompter)
+    datas = {name: StageData(config, stage, prompter, problems, precomputed) for name, stage in config.stages.items()}
     for name, data in datas.items():
         say(f"{name}: {data.stage.steps} steps\n{data.table()}")
     told = problems.listed()

@@ -9,6 +9,7 @@ A checkpoint is written beside its place as DIR.incomplete and renamed at the en
 """
 import dataclasses
 import gc
+import hashlib
 import json
 import math
 import shutil
@@ -166,6 +167,13 @@ def iter_arrays(directory: str | Path, part: str, info: ModelInfo, *, skip: Cont
         read = _read_part(Path(directory).absolute() / "arrays" / part, stored, wanted)
         yield from ((path, np.asarray(read.pop(path))) for path in list(read))
         gc.collect()  # Orbax's tasks hold what they have read in cycles: several groups would lie in memory
+
+
+def arrays_sha256(directory: str | Path, part: str, info: ModelInfo) -> str:
+    """Of the paths, shapes and values of a whole part as they are stored, in any order of its leaves."""
+    sums = {path: (array.shape, hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest())
+            for path, array in iter_arrays(directory, part, info)}
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 def read_left_out(directory: str | Path, part: str) -> dict[str, np.ndarray]:

@@ -49,6 +49,7 @@ class DataConfig:
     root: str = "."
     bad_items: str = "stop"  # at the first item that is wrong, or "skip" it and list it in the workdir's skipped.jsonl
     clips: dict[str, Any] = field(default_factory=dict)  # which frames of clips are taken: data_pipelines.media.Clips
+    precomputed: str = ""  # folder of launch.precompute, read in the place of the media's pixels
     processor: str = ""  # tokenizer and processor folder; by default the checkpoint's
     shift_image: float = 5.0
     shift_video: float = 7.0

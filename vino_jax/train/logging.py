@@ -83,5 +83,5 @@ class Accumulator:
         return {**out, **weighted("bin", [f"t{i / TIME_BINS:.1f}" for i in range(TIME_BINS)]), **weighted("task", TASKS)}
 
 
-def progress_bar(total: int, initial: int, name: str, quiet: bool) -> tqdm:
-    return tqdm(total=total, initial=initial, desc=name, unit="step", disable=quiet, mininterval=2.0, dynamic_ncols=True)
+def progress_bar(total: int, initial: int, name: str, quiet: bool, unit: str = "step") -> tqdm:
+    return tqdm(total=total, initial=initial, desc=name, unit=unit, disable=quiet, mininterval=2.0, dynamic_ncols=True)

@@ -12,7 +12,8 @@ from vino_jax.nn.module import by_path
 from vino_jax.settings import read_json
 from vino_jax.train.config import RunConfig
 
-FREE = ("log/", "mesh/", "data/threads", "data/workers", "data/prefetch")  # keys, and starts of keys, that change no number of a run
+# keys, and starts of keys, that change no number of a run
+FREE = ("log/", "mesh/", "data/threads", "data/workers", "data/prefetch", "data/precomputed")
 IMPORTED = ("init/", "model/")  # those that init/ was made by
 TOLD = 5  # differences that a message names
 
