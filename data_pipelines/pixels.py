@@ -6,6 +6,7 @@ as the reference does it. Arrays are uint8 RGB, (H, W, 3) or (F, H, W, 3), unles
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -199,7 +200,7 @@ def image_patches(image: np.ndarray, limits: PixelLimits) -> Patches:
     """Patches of an image (H, W, 3), usually the letterboxed one: two bicubic resizes on uint8, then normalised."""
     for high, wide in limits.image_sizes(*image.shape[:2]):
         image = np.asarray(Image.fromarray(image).resize((wide, high), Image.Resampling.BICUBIC))
-    return _patches(np.repeat(_planes(image)[None], limits.temporal, 0), limits)
+    return _patches([_normalised(_planes(image))] * limits.temporal, limits)
 
 
 def video_patches(frames: np.ndarray, limits: PixelLimits) -> Patches:
@@ -207,12 +208,13 @@ def video_patches(frames: np.ndarray, limits: PixelLimits) -> Patches:
     first, second = limits.video_sizes(*frames.shape[1:3])
     if len(frames) % limits.temporal:
         frames = np.concatenate([frames, frames[-1:]])
-    seen = np.empty((len(frames), 3, *second), np.float32)
-    for frame, out in zip(frames, seen, strict=True):
+
+    def seen(frame):
         # the first resize in float, then rounded: what torch does for uint8 frames (PIL's own uint8 path rounds between its two passes)
         rounded = _resize_planes(_planes(frame), *first)
-        out[:] = _resize_planes(np.clip(np.rint(rounded, out=rounded), 0, 255, out=rounded), *second)
-    return _patches(seen, limits)
+        return _normalised(_resize_planes(np.clip(np.rint(rounded, out=rounded), 0, 255, out=rounded), *second))
+
+    return _patches([seen(frame) for frame in frames], limits)
 
 
 def clip_patches(clip: np.ndarray, limits: PixelLimits) -> Patches:
@@ -244,12 +246,19 @@ def _resize_planes(planes: np.ndarray, height: int, width: int) -> np.ndarray:
     return out
 
 
-def _patches(frames: np.ndarray, limits: PixelLimits) -> Patches:
-    """frames float32 (F, 3, H, W) in 0..255, F a multiple of the temporal patch; they are overwritten."""
-    p, m, t = limits.patch, limits.merge, limits.temporal
-    count, _, high, wide = frames.shape
+def _normalised(planes: np.ndarray) -> np.ndarray:
+    """0..255 to -1..1, in place."""
     for change, by in ((np.divide, 255), (np.subtract, 0.5), (np.divide, 0.5)):
-        change(frames, np.float32(by), out=frames)
-    x = frames.reshape(count // t, t, 3, high // p // m, m, p, wide // p // m, m, p)
-    x = x.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)  # group, row, column, row in merge, column in merge, C, t, p, p
-    return Patches(x.reshape(-1, PATCH_VALUES), (count // t, high // p, wide // p))
+        change(planes, np.float32(by), out=planes)
+    return planes
+
+
+def _patches(frames: Sequence[np.ndarray], limits: PixelLimits) -> Patches:
+    """frames: normalised float32 (3, H, W), as many as a multiple of the temporal patch."""
+    p, m, t = limits.patch, limits.merge, limits.temporal
+    groups, (_, high, wide) = len(frames) // t, frames[0].shape
+    cells = (high // p // m, wide // p // m)
+    values = np.empty((groups, *cells, m, m, 3, t, p, p), np.float32)  # row and column, row and column in merge, C, t, p, p
+    for i, planes in enumerate(frames):
+        values[i // t, ..., i % t, :, :] = planes.reshape(3, cells[0], m, p, cells[1], m, p).transpose(1, 4, 2, 5, 0, 3, 6)
+    return Patches(values.reshape(-1, PATCH_VALUES), (groups, high // p, wide // p))

@@ -37,7 +37,8 @@ def run(tmp_path):
         mesh = {"preset": "fsdp", "data": 2, "fsdp": 2, "seq": 1, "tensor": 1}
         (folder / "config.json").write_text(json.dumps({"mesh": mesh, "stages": {s: {"steps": 50} for s in stages}}))
         records = [{"stage": s, "step": 10 * i, "total_step": 50 * n + 10 * i, "loss": 2.0 - 0.1 * i, "loss_t0.0": None,
-                    "loss_t0.1": 1.5 - 0.1 * i, "loss_t2v": 1.0, "seconds": 3.0} for n, s in enumerate(stages) for i in range(1, 6)]
+                    "loss_t0.1": 1.5 - 0.1 * i, "loss_t2v": 1.0, "seconds": 3.0, "data_wait_share": 0.01 * i}
+                   for n, s in enumerate(stages) for i in range(1, 6)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"cut of')
     evaluation, rng = tmp_path / "scores", np.random.default_rng(0)
     evaluation.mkdir()
@@ -64,6 +65,7 @@ def test_one_file_without_network_with_everything_in_it(run):
     assert page.count("data:image/png;base64,") == 5 and page.count("data:image/webp;base64,") == 5  # ideal, reference, three outputs
     assert "A &amp; B" in page and "a &lt;t2i&gt; prompt" in page and page.count("<svg") == 3  # the whole run, two stages
     assert "data 2, fsdp 2" in page and "21.5 dB" in page and "4.0 ×" in page and len(page) < 3e6
+    assert "30 s without compiling, 3.0 % of them waiting for data" in page
 
 
 def test_readings_are_computed_from_the_numbers():

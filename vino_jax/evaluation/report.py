@@ -221,8 +221,9 @@ def _run_facts(runs: Mapping[str, Path], metrics: Mapping[str, Mapping[str, list
             sizes = {k: v for k, v in config["mesh"].items() if k != "preset" and v != 1}
             facts["mesh"] = f"{', '.join(f'{k} {v}' for k, v in sizes.items()) or 'one device'} (preset {config['mesh']['preset']})"
         steps = " + ".join(str(stage["steps"]) for stage in config["stages"].values())
-        seconds = sum(r["seconds"] for records in metrics[name].values() for r in records)
-        facts[f"steps, {label(name)}"] = f"{steps} ({seconds:.0f} s without compiling)"
+        records = [r for stage in metrics[name].values() for r in stage]
+        seconds, waited = sum(r["seconds"] for r in records), sum(r["seconds"] * r["data_wait_share"] for r in records)
+        facts[f"steps, {label(name)}"] = f"{steps} ({seconds:.0f} s without compiling, {100 * waited / seconds:.1f} % of them waiting for data)"
     parameters = next((c["parameters"] for c in scores["checkpoints"].values() if "parameters" in c), {})
     if parameters:
         facts["parameters"] = f"{sum(parameters.values()):,} (" + ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in parameters.items()) + ")"
