@@ -9,11 +9,14 @@ from typing import Protocol
 
 import av
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vino_jax.errors import UserError
 
 WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N")  # 16 bits a value, of which PIL's own conversion would clip all above 255
+
+
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap height and width
 
 
 class Media(Protocol):
@@ -64,9 +67,11 @@ class Facts:
 
 @functools.cache
 def picture_facts(media: Media | str | Path) -> Facts:
-    """Size of a picture, from its header. Raises UserError."""
+    """Size of a picture as it is shown, from its header. Raises UserError."""
     with _picture(media) as image:
-        return Facts(1, image.height, image.width)
+        late = image.format == "PNG" and "exif" not in image.info  # it may stand behind the pixels, which are not read for it
+        turned = not late and image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+        return Facts(1, *((image.width, image.height) if turned else (image.height, image.width)))
 
 
 @functools.cache
@@ -76,12 +81,14 @@ def clip_facts(media: Media | str | Path) -> Facts:
     What a packet holds may still not decode: `launch.ingest` decodes every clip once (`decoded_facts`).
     """
     with _container(media) as container:
-        codec = container.streams.video[0].codec_context
-        times = [float(p.pts * p.time_base) if p.pts is not None else 0.0 for p in container.demux(video=0)
-                 if p.size and not p.is_corrupt]
-        if not times:
+        times, size = [], None
+        for packet in container.demux(video=0):
+            if packet.size and not packet.is_corrupt:
+                times.append(float(packet.pts * packet.time_base) if packet.pts is not None else 0.0)
+            size = size or next(map(shown_size, packet.decode()), None)  # how a clip is turned stands beside its frames
+        if not times or not size:
             raise UserError(f"the video {media} has no frame")
-        return Facts(len(times), codec.height, codec.width, max(times) - min(times))
+        return Facts(len(times), *size, max(times) - min(times))
 
 
 def decoded_facts(media: Media | str | Path) -> Facts:
@@ -89,14 +96,15 @@ def decoded_facts(media: Media | str | Path) -> Facts:
     times, height, width = [], 0, 0
     for frame in decoded_frames(media):
         times.append(frame.time or 0.0)
-        height, width = frame.height, frame.width
+        height, width = shown_size(frame)
     return Facts(len(times), height, width, max(times) - min(times))
 
 
 def read_image(media: Media | str | Path) -> np.ndarray:
-    """A picture as uint8 RGB (H, W, 3); transparency is dropped, of 16 bits the upper 8 are kept. Raises UserError when it cannot
-    be read, or holds values without a range (32 bits)."""
-    with _picture(media) as image:
+    """A picture as uint8 RGB (H, W, 3), upright where its EXIF says how it is turned; transparency is dropped, of 16 bits the upper 8
+    are kept. Raises UserError when it cannot be read, or holds values without a range (32 bits)."""
+    with _picture(media) as opened:
+        image = ImageOps.exif_transpose(opened)
         if image.mode in WIDE_MODES:
             return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, -1)
         if image.mode in ("I", "F"):
@@ -119,6 +127,19 @@ def decoded_frames(media: Media | str | Path) -> Iterator[av.VideoFrame]:
         raise UserError(f"the video {media} has no frame")
 
 
+def shown_size(frame: av.VideoFrame) -> tuple[int, int]:
+    """Height and width of a frame as it is shown: phones film turned, and write down how."""
+    return (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
+
+
+def frame_pixels(frame: av.VideoFrame, height: int = 0, width: int = 0, interpolation: str = "BICUBIC") -> np.ndarray:
+    """A frame as it is shown, scaled to height x width where they are given: uint8 (H, W, 3)."""
+    if height and frame.rotation % 180:
+        height, width = width, height
+    size = {"height": height, "width": width, "interpolation": interpolation} if height else {}
+    return np.rot90(frame.to_ndarray(format="rgb24", **size), round(frame.rotation / 90))
+
+
 def _file(media: Media | str | Path):
     return str(media) if isinstance(media, (str, Path)) else io.BytesIO(media.read_bytes())
 
@@ -134,6 +155,8 @@ def _container(media: Media | str | Path) -> Iterator[av.container.InputContaine
     with _told("video", media, (av.FFmpegError, OSError, ValueError)), av.open(_file(media)) as container:
         if not container.streams.video:
             raise UserError(f"{media} has no video stream")
+        if container.streams.video[0].codec_context is None:
+            raise UserError(f"the video {media} is of a kind that is not known here")
         yield container
 
 

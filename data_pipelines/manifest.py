@@ -81,7 +81,7 @@ def parse_item(entry: object, resolve: Callable[[str], Media]) -> Item:
         raise entry
     if isinstance(entry, str):
         try:
-            entry = json.loads(entry)
+            entry = json.loads(entry, object_pairs_hook=_once)
         except json.JSONDecodeError as error:
             raise UserError(f"not JSON ({error.msg}, column {error.colno}); one object a line is expected") from None
         except (ValueError, RecursionError) as error:
@@ -110,6 +110,14 @@ def parse_item(entry: object, resolve: Callable[[str], Media]) -> Item:
         raise UserError(f"no text: give at least one of {', '.join(TEXTS)}")
     return Item(entry.get("id") or entry["target"], task, resolve(entry["target"]), tuple(resolve(name) for name in images),
                 resolve(video) if video else None, texts, entry.get("base_image", task == "ti2i_baseimg"))
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object. Raises UserError for a key that it has twice, of which JSON would take the last."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise UserError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return dict(pairs)
 
 
 def _check_value(key: object, value: object) -> None:
@@ -156,11 +164,14 @@ def _csv(manifest: Path, root: Path) -> Iterator[Entry]:
     resolve = functools.partial(below, root)
     try:
         with manifest.open(encoding="utf-8-sig", newline="") as stream:
-            rows = csv.DictReader(stream, restkey="cells without a column")
+            rows = csv.DictReader(stream, restkey="cells without a column", strict=True)
+            header = rows.fieldnames or []
+            if len(set(header)) < len(header):
+                raise UserError(f"the header of {manifest} has a column twice: {', '.join(header)}")
             for row in rows:
                 yield f"{manifest}:{rows.line_num}", {key: _cell(key, cell) for key, cell in row.items() if cell}, resolve
     except csv.Error as error:
-        raise UserError(f"cannot read the manifest {manifest}: {error}") from None
+        raise UserError(f"cannot read the manifest {manifest}: {error} (near line {rows.line_num})") from None
 
 
 def _cell(key: str, cell):
@@ -193,24 +204,38 @@ def _parquet(manifest: Path, root: Path) -> Iterator[Entry]:
 
 def _captioned(manifest: Path, root: Path) -> Iterator[Entry]:
     resolve = functools.partial(below, manifest)
-    for path in sorted(manifest.rglob("*")):
-        if path.suffix.lower() in TASK_OF_SUFFIX and path.is_file():
-            name, text = str(path.relative_to(manifest)), path.with_suffix(".txt")
-            caption = text.read_bytes() if text.is_file() else None
-            yield str(path), _with_caption(name, caption, text.name), resolve
+    found = sorted(Path(folder, file) for folder, _, files in os.walk(manifest, onerror=_raise, followlinks=True) for file in files)
+    media = [path for path in found if path.suffix.lower() in TASK_OF_SUFFIX]
+    for path in media:
+        name, text = str(path.relative_to(manifest)), path.with_suffix(".txt")
+        yield str(path), _with_caption(name, text.read_bytes() if text.is_file() else None, text.name), resolve
+    stems = {path.with_suffix("") for path in media}
+    for path in found:
+        if path.suffix == ".txt" and path.with_suffix("") not in stems:
+            yield str(path), UserError(_alone(path.name)), resolve
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _alone(caption: str) -> str:
+    return f"the caption {caption} has no picture or clip beside it; known: {', '.join(TASK_OF_SUFFIX)}"
 
 
 def _with_caption(name: str, caption: bytes | None, file: str) -> object:
-    """The entry of a picture or clip whose caption is a file beside it. Anything wrong is told by parse_item."""
+    """The entry of a picture or clip whose caption is a file beside it, or what is wrong with it."""
     if caption is None:
         return UserError(f"its caption file {file} is missing")
-    text = caption.decode("utf-8", "surrogateescape").strip()
+    try:
+        text = caption.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        return UserError(f"its caption file {file} is not UTF-8: {error}")
     return {"task": TASK_OF_SUFFIX[PurePosixPath(name).suffix.lower()], "target": name, "long": text}
 
 
 def _tar(manifest: Path, root: Path) -> Iterator[Entry]:
-    with tarfile.open(manifest, "r:") as archive:
-        members = {m.name: Span(manifest, m.offset_data, m.size, m.name) for m in archive if m.isfile()}
+    members = _tar_members(manifest)
     groups: dict[str, dict[str, Span]] = {}
     for name, span in members.items():
         folder, _, file = name.rpartition("/")
@@ -220,12 +245,39 @@ def _tar(manifest: Path, root: Path) -> Iterator[Entry]:
     for stem, files in sorted(groups.items(), key=lambda group: "json" not in group[1]):  # first those that name others
         resolve = functools.partial(_member, manifest, stem, members, named)
         if "json" in files:
-            yield str(files["json"]), files["json"].read_bytes().decode("utf-8", "replace"), resolve
+            yield str(files["json"]), _json_of(files["json"]), resolve
             continue
         caption = files["txt"].read_bytes() if "txt" in files else None
-        for span in files.values():
-            if PurePosixPath(span.name).suffix.lower() in TASK_OF_SUFFIX and (caption is not None or span.name not in named):
+        media = [span for span in files.values() if PurePosixPath(span.name).suffix.lower() in TASK_OF_SUFFIX]
+        for span in media:
+            if caption is not None or span.name not in named:
                 yield str(span), _with_caption(span.name, caption, f"{stem}.txt"), resolve
+        if caption is not None and not media:
+            yield str(files["txt"]), UserError(_alone(files["txt"].name)), resolve
+
+
+def _tar_members(manifest: Path) -> dict[str, Span]:
+    """The files in a tar by their names. Raises UserError for links and for a tar that is cut off or damaged."""
+    with tarfile.open(manifest, "r:") as archive:
+        members = {}
+        for member in archive:
+            if member.isfile():
+                members[member.name] = Span(manifest, member.offset_data, member.size, member.name)
+            elif not member.isdir():
+                raise UserError(f"{manifest} has the member {member.name}, which is a link or a device: only files are read")
+        end = archive.offset
+    with manifest.open("rb") as stream:  # for tarfile a damaged header is the end, and so is the end of the file
+        stream.seek(end)
+        if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise UserError(f"the tar {manifest} is damaged or cut off at byte {end}: items behind it would be lost")
+    return members
+
+
+def _json_of(span: Span) -> object:
+    try:
+        return span.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return UserError(f"{span.name} is not UTF-8: {error}")
 
 
 def _member(archive: Path, stem: str, members: dict[str, Span], named: set[str], name: str) -> Span:

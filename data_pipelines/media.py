@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.buckets import NEEDS, fitting, serves, spoils
-from data_pipelines.files import Facts, Media, clip_facts, decoded_frames, picture_facts, read_image
+from data_pipelines.files import Facts, Media, clip_facts, decoded_frames, frame_pixels, picture_facts, read_image, shown_size
 from data_pipelines.manifest import Item, read_items
 from data_pipelines.packing import token_grid
 from data_pipelines.pixels import MAX_ASPECT, letterbox
@@ -40,7 +40,7 @@ class Clips:
     windows: "head" the first, "middle" those around its middle, "uniform" `count` windows spread evenly from its first frame to its last,
     "sliding" one every `stride` frames (0: as many as the bucket has, so that none is taken twice).
     compat: "reference" one frame after another, each seen for 1/24 s whatever the clip's own rate, as VINO's reference does; "true_rate"
-    the frames that were shown at every 1/24 s. Raises UserError for other values.
+    at every 1/24 s the frame that is nearest in time. Raises UserError for other values.
     """
 
     windows: str = "head"
@@ -63,9 +63,8 @@ class Clips:
         """How much faster than filmed the clip is seen; None where it says nothing of its time."""
         return None if not facts.rate else 1.0 if self.compat == "true_rate" else FPS / facts.rate
 
-    def starts(self, length: int, frames: int) -> list[int]:
-        """First frame of every window of `frames` frames (at most `length`)."""
-        last = length - frames
+    def starts(self, last: int, frames: int) -> list[int]:
+        """First frame of every window of `frames` frames; `last` is the last that one may have."""
         return {"head": lambda: [0], "middle": lambda: [last // 2],
                 "uniform": lambda: sorted(set(np.linspace(0, last, self.count).round().astype(int).tolist())) if self.count > 1 else [0],
                 "sliding": lambda: list(range(0, last + 1, self.stride or frames))}[self.windows]()
@@ -103,7 +102,7 @@ class MediaSource:
                 if not bucket:
                     self._unplaced.append(f"{item.id} ({where}): {reason}")
                     continue
-                starts = clips.starts(_shortest(item, clips), bucket.frames) if NEEDS[item.task].clip else [0]
+                starts = clips.starts(_last_start(item, bucket, clips), bucket.frames) if NEEDS[item.task].clip else [0]
                 self._groups[item.task, bucket.name] += [Window(where, item, start) for start in starts]
                 self._tokens[item.task, bucket.name] += [tokens] * len(starts)
 
@@ -146,10 +145,9 @@ def read_window(window: Window, bucket: BucketSpec, clips: Clips) -> Sample:
         target = read_cut_clip(item.target, bucket.frames, bucket.height, bucket.width, window.start, rate)
     else:
         target = cover(read_image(item.target), bucket.height, bucket.width)[None]
-    facts = facts_of(item.target, NEEDS[item.task].clip)
 
     def reference(media):
-        image = read_image(media)
+        image, facts = read_image(media), facts_of(item.target, NEEDS[item.task].clip)
         same = abs(image.shape[0] / image.shape[1] / (facts.height / facts.width) - 1) < SAME_ASPECT
         return (cover if same else letterbox)(image, bucket.image_height, bucket.image_width)
 
@@ -190,9 +188,10 @@ def place(item: Item, buckets: Sequence[BucketSpec], prompter: Prompter | None,
     return None, 0.0, reason
 
 
-def _shortest(item: Item, clips: Clips) -> int:
-    """Frames that target and reference clip both have."""
-    return min(clips.length(facts_of(media, clip=True)) for media in (item.target, item.video) if media)
+def _last_start(item: Item, bucket: BucketSpec, clips: Clips) -> int:
+    """The last frame at which target and reference clip can both begin."""
+    wanted = ((item.target, bucket.frames), (item.video, bucket.video_frames))
+    return min(clips.length(facts_of(media, clip=True)) - frames for media, frames in wanted if media)
 
 
 def _spoiled_reference(facts: Facts, bucket: BucketSpec) -> str:
@@ -247,8 +246,7 @@ def read_cut_clip(media: Media, count: int, height: int, width: int, start: int 
     """
     clip, filled = np.empty((count, height, width, 3), np.uint8), 0
     for frame, times in _picked(media, start, start + count, rate):
-        high, wide = cover_size((frame.height, frame.width), height, width)
-        image = frame.to_ndarray(format="rgb24", height=high, width=wide, interpolation="LANCZOS")
+        image = frame_pixels(frame, *cover_size(shown_size(frame), height, width), interpolation="LANCZOS")
         clip[filled:filled + times] = _centre(image, height, width)
         filled += times
         if filled == count:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipelines.files import decoded_frames
+from data_pipelines.files import decoded_frames, frame_pixels, shown_size
 from vino_jax.batch import FRAMES_A_LATENT, PIXELS_A_TOKEN
 from vino_jax.errors import UserError
 
@@ -174,9 +174,9 @@ def read_clip(path: str | Path, count: int, budget: int) -> np.ndarray:
     for frame in decoded_frames(path):
         if len(kept) == count:
             break
-        scale = math.sqrt(budget / (frame.width * frame.height))
-        kept.append(frame.to_ndarray(format="rgb24", width=max(1, round(frame.width * scale)), height=max(1, round(frame.height * scale)),
-                                     interpolation="BICUBIC"))
+        high, wide = shown_size(frame)
+        scale = math.sqrt(budget / (wide * high))
+        kept.append(frame_pixels(frame, max(1, round(high * scale)), max(1, round(wide * scale))))
     return crop_to_tokens(np.stack(kept[:clip_length(count, len(kept))]))
 
 
@@ -184,7 +184,7 @@ def read_sampled(path: str | Path, count: int) -> np.ndarray:
     """`count` frames evenly spaced over the whole clip, at its own size: uint8 (count, H, W, 3)."""
     wanted = sampled_indices(sum(1 for _ in decoded_frames(path)), count)
     needed = set(wanted.tolist())
-    found = {i: frame.to_ndarray(format="rgb24") for i, frame in enumerate(decoded_frames(path)) if i in needed}
+    found = {i: frame_pixels(frame) for i, frame in enumerate(decoded_frames(path)) if i in needed}
     return np.stack([found[i] for i in wanted.tolist()])
 
 

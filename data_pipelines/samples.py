@@ -15,7 +15,7 @@ class Sample:
     id: str
     task: str  # one of vino_jax.batch.TASKS
     target: np.ndarray  # (F, H, W, 3), F = 4k+1
-    texts: dict[str, str]  # by kind: "long", "short", "instruction"; what a task lacks is absent
+    texts: dict[str, str | tuple[str, ...]]  # by kind: "long", "short", "instruction"; one or several; what a task lacks is absent
     images: tuple[np.ndarray, ...] = ()  # references, each (H, W, 3)
     video: np.ndarray | None = None  # reference clip (F, H, W, 3)
     base_image: bool = False  # the last reference image is what is edited

@@ -1,6 +1,7 @@
 """Bad data, kind by kind: the run ends and names the item, or goes on without it and lists it; no batch ever holds a wrong sample."""
 import json
 import re
+import struct
 
 import av
 import numpy as np
@@ -9,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipelines.files import clip_facts, decoded_facts, read_image
+from data_pipelines.files import ORIENTATION, clip_facts, decoded_facts, picture_facts, read_image
 from data_pipelines.loader import Loader
 from data_pipelines.media import MediaSource, read_cut_clip
 from data_pipelines.mixture import Mixture
+from data_pipelines.pixels import read_clip
 from data_pipelines.problems import Problems
 from data_pipelines.prompts import Prompter
 from tests.data.folders import SMALL_VLM
@@ -52,6 +54,7 @@ def root(tmp_path_factory):
     whole = (root / "good.mp4").read_bytes()
     (root / "cut.mp4").write_bytes(whole[:len(whole) * 11 // 12])
     (root / "head.mp4").write_bytes(whole[:200])
+    (root / "codec.mp4").write_bytes(whole.replace(b"avc1", b"zzzz"))
     with av.open(str(root / "none.mp4"), "w") as container:  # a video stream without a frame
         stream = container.add_stream("libx264", rate=24)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
@@ -75,6 +78,7 @@ BAD = {
     "truncated clip": ({"task": "t2v", "target": "cut.mp4", "short": "x"}, None),
     "half a header": ({"task": "t2v", "target": "head.mp4", "short": "x"}, "head.mp4 has no video stream"),
     "no frame": ({"task": "t2v", "target": "none.mp4", "short": "x"}, "none.mp4"),
+    "unknown codec": ({"task": "t2v", "target": "codec.mp4", "short": "x"}, "cannot read the video .*codec.mp4|codec.mp4 is of a kind"),
     "sound only": ({"task": "t2v", "target": "sound.mp4", "short": "x"}, "sound.mp4 has no video stream"),
     "truncated picture": ({"task": "t2i", "target": "cut.png", "short": "x"}, "cannot read the image .*cut.png"),
     "empty picture": ({"task": "t2i", "target": "empty.png", "short": "x"}, "cannot read the image .*empty.png"),
@@ -220,3 +224,31 @@ def test_damaged_frames_are_refused(tmp_path):
     assert read_cut_clip(tmp_path / "hurt.mp4", 5, 32, 32).shape == (5, 32, 32, 3)  # what comes before it is whole
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "clip.mp4").read_bytes()[:places[5][0] + 10])
     assert clip_facts(tmp_path / "cut.mp4").frames == 5
+
+
+def test_what_is_turned_is_shown_upright(tmp_path):
+    """As phones write it: a tag beside the pixels. Size, pixels and bucket are those of what a viewer shows."""
+    picture = np.zeros((16, 48, 3), np.uint8)
+    picture[:, :16] = 255  # white at the left; turned by 90 degrees clockwise it is at the top
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    for name in ("turned.jpg", "turned.png"):
+        Image.fromarray(picture).save(tmp_path / name, exif=exif)
+        facts, shown = picture_facts(tmp_path / name), read_image(tmp_path / name)
+        assert (facts.height, facts.width) == shown.shape[:2] == (48, 16) and shown[:12].min() > 240 and shown[20:].max() < 16
+    path = tmp_path / "turned.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 48, 16, "yuv420p", {"crf": "1"}
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    matrix = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    at = data.index(matrix, data.index(b"tkhd"))
+    data[at:at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)  # 90 degrees clockwise
+    path.write_bytes(data)
+    facts, clip = clip_facts(path), read_cut_clip(path, 5, 48, 16)
+    assert (facts.height, facts.width) == (48, 16) and facts == decoded_facts(path)
+    assert clip[:, :12].min() > 200 and clip[:, 20:].max() < 50
+    assert read_clip(path, 5, 48 * 16).shape == (5, 48, 16, 3)

@@ -100,9 +100,50 @@ def test_webdataset_shards(tmp_path):
     assert second.task == "ti2i" and second.target.read_bytes() == b"t" and second.images[0].read_bytes() == b"r"
     assert third.task == "t2v" and third.target.read_bytes() == b"clip" and third.target.name == "d/1.mp4"
     assert json.loads(problems.listed()[0]) == {"item": f"{tmp_path / '0.tar'}:3.mp4", "problem": "its caption file 3.txt is missing"}
-    (tmp_path / "broken.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:700])
-    with pytest.raises(UserError, match="cannot read the manifest"):
-        read_items(tmp_path / "broken.tar", ".", Problems())
+
+
+def test_a_tar_that_is_not_whole_is_told(tmp_path):
+    """For tarfile a damaged header, or an end between two members, is the end of the archive."""
+    with tarfile.open(tmp_path / "m.tar", "w") as archive:
+        for i in range(2):
+            add(archive, f"{i}.png", b"x" * 600)  # a header of 512 bytes, then two blocks
+            add(archive, f"{i}.txt", b"text")  # and two blocks of this
+    whole = (tmp_path / "m.tar").read_bytes()
+    assert len(read_items(tmp_path / "m.tar", ".", Problems())) == 2
+    flipped = bytearray(whole)
+    flipped[2560 + 5] ^= 255
+    for broken in (whole[:700], whole[:2560], whole[:2560 + 512 + 100], bytes(flipped)):
+        (tmp_path / "m.tar").write_bytes(broken)
+        with pytest.raises(UserError, match="damaged or cut off at byte 2560|cannot read the manifest"):
+            read_items(tmp_path / "m.tar", ".", Problems())
+    with tarfile.open(tmp_path / "m.tar", "w") as archive:
+        add(archive, "0.png", b"x")
+        link = tarfile.TarInfo("1.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "0.png"
+        archive.addfile(link)
+    with pytest.raises(UserError, match="has the member 1.png, which is a link"):
+        read_items(tmp_path / "m.tar", ".", Problems())
+
+
+def test_captions_without_a_picture_are_told(tmp_path):
+    """So a suffix that is not known drops nothing."""
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "x.avif").write_bytes(b"")
+    (tmp_path / "linked" / "x.txt").write_bytes(b"\xef\xbb\xbfA caption.")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "linked")
+    with pytest.raises(UserError, match="more/x.txt: the caption x.txt has no picture or clip beside it; known: .png"):
+        read_items(tmp_path / "data", ".", Problems())
+    (tmp_path / "linked" / "x.webp").write_bytes(b"")
+    ((_, item),) = read_items(tmp_path / "data", ".", Problems())
+    assert item.texts == {"long": ("A caption.",)} and item.id == "more/x.webp"
+    with tarfile.open(tmp_path / "m.tar", "w") as archive:
+        add(archive, "x.avif", b"x")
+        add(archive, "x.txt", b"A caption.")
+        add(archive, "y.json", b'{"task": "t2i", "target": "x.avif", "long": "caf\xe9"}')
+    problems = Problems(tmp_path / "skipped.jsonl")
+    assert not read_items(tmp_path / "m.tar", ".", problems)
+    assert ["is not UTF-8" in line or "x.txt has no picture" in line for line in problems.listed()] == [True, True]
 
 
 def test_paths_stay_below_the_root(root, tmp_path):
@@ -127,6 +168,7 @@ def test_paths_stay_below_the_root(root, tmp_path):
     ({"task": "t2i", "target": "a.png", "short": "\ud800"}, "half of a surrogate pair"),
     ({"task": "t2i", "target": "../a.png", "short": "x"}, "the path ../a.png leads out of the data root"),
     ("[" * 100000, "not JSON that can be read"), ('{"task": ' + "9" * 5000 + "}", "not JSON that can be read"),
+    ('{"task": "t2i", "target": "a.png", "target": "c.png", "short": "x"}', "the key 'target' stands there twice"),
     ({"task": "ti2i", "target": "a.png", "short": "x", "base_image": "yes"}, "'base_image' must be true or false"),
 ])
 def test_what_is_wrong_is_named(root, entry, message):
@@ -139,6 +181,8 @@ def test_what_is_wrong_is_named(root, entry, message):
     ("m.jsonl", b"\xff\xfe", "cannot read the manifest"), ("m.jsonl", b" \n", "has no items"),
     ("m.csv", b"", "has no items"), ("m.parquet", b"PAR1nothing", "cannot read the manifest"), ("none.csv", None, "cannot read the manifest"),
     ("m.csv", b"task,target,short\nt2i,a.png,x,more", "m.csv:2: unknown key 'cells without a column'"),
+    ("m.csv", b'task,target,short\nt2i,a.png,"unclosed\nt2i,a.png,blue\n', "cannot read the manifest .*near line"),
+    ("m.csv", b"task,target,short,short\nt2i,a.png,x,y", "a column twice"),
     ("m.csv", b"task,target,images,short\nti2i,a.png,[1],x", "m.csv:2: 'images' must be a list of strings"),
 ])
 def test_a_manifest_that_is_none_is_told(root, tmp_path, name, data, message):
@@ -197,5 +241,5 @@ def test_pictures_are_no_captions(tmp_path):
     """A caption that is no text is told, and a picture beside it stays out."""
     Image.new("RGB", (2, 2)).save(tmp_path / "x.png")
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00\xd8")
-    with pytest.raises(UserError, match="x.png: 'long' holds half of a surrogate pair"):
+    with pytest.raises(UserError, match="x.png: its caption file x.txt is not UTF-8"):
         read_items(tmp_path, ".", Problems())
