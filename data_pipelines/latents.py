@@ -46,6 +46,7 @@ class Hashes:
 
     def __init__(self, folder: Path, record: Path | None = None):
         self._known, self._record = {}, record
+        self._cut = bool(record and record.exists() and not record.read_bytes().endswith(b"\n"))  # by a kill: the next line is a new one
         for file in sorted(folder.glob("*" + HASHES)):
             self._known |= {line["stamp"]: line["sha256"] for line in _lines(file, cut=True)}
 
@@ -56,21 +57,23 @@ class Hashes:
             return media.sha256
         try:
             stamp = _stamp(media)
-            if stamp not in self._known:
-                self._known[stamp] = hashlib.sha256(media.read_bytes()).hexdigest()
-                if self._record:
-                    with self._record.open("a") as stream:
-                        stream.write(json.dumps({"stamp": stamp, "sha256": self._known[stamp]}) + "\n")
-            return self._known[stamp]
+            if stamp in self._known:
+                return self._known[stamp]
+            found = self._known[stamp] = hashlib.sha256(media.read_bytes()).hexdigest()
         except OSError as error:
             raise UserError(f"cannot read {media}: {error.strerror or error}") from None
+        if self._record:
+            with self._record.open("a") as stream:
+                stream.write("\n" * self._cut + json.dumps({"stamp": stamp, "sha256": found}) + "\n")
+            self._cut = False
+        return found
 
 
 def _stamp(media: Media) -> str:
     """What stands for the content of a file as long as nobody writes to it."""
     file = getattr(media, "file", media)  # a member of a tar is where it was as long as the tar is as it was
     state = os.stat(file)
-    return json.dumps([os.path.abspath(file), str(media), getattr(media, "offset", 0), state.st_size, state.st_mtime_ns])
+    return json.dumps([os.path.abspath(file), str(media), getattr(media, "offset", 0), state.st_size, state.st_mtime_ns, state.st_ctime_ns])
 
 
 def cut_of(window: Window, bucket: BucketSpec, clips: Clips) -> str:
@@ -104,9 +107,10 @@ class Keys:
 # --- records ---
 
 
-def to_record(sample: Sample) -> bytes:
-    """A safetensors file of the sample's moments (target, images, video; float32) and, by reference, patches/K and grid/K."""
-    arrays = {"target": sample.target}
+def to_record(key: str, sample: Sample) -> bytes:
+    """A safetensors file of the sample's key (its letters, uint8), moments (target, images, video; float32) and, by reference, patches/K
+    and grid/K."""
+    arrays = {"key": np.frombuffer(key.encode(), np.uint8), "target": sample.target}
     if sample.images:
         arrays["images"] = np.stack(sample.images)
     if sample.video is not None:
@@ -116,9 +120,11 @@ def to_record(sample: Sample) -> bytes:
     return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})  # of others safetensors writes other values
 
 
-def from_record(record: bytes) -> dict[str, Any]:
-    """target, images, video and seen of a Sample. Raises SafetensorError, KeyError or ValueError for bytes that are no record."""
+def from_record(key: str, record: bytes) -> dict[str, Any]:
+    """target, images, video and seen of a Sample. Raises SafetensorError, KeyError or ValueError for bytes that are no record of it."""
     arrays = load(record)
+    if arrays["key"].tobytes() != key.encode():
+        raise ValueError("they are another sample's")
     count = sum(name.startswith("patches/") for name in arrays)
     return {"target": arrays["target"], "images": tuple(arrays.get("images", ())), "video": arrays.get("video"),
             "seen": tuple(Patches(arrays[f"patches/{k}"], tuple(arrays[f"grid/{k}"].tolist())) for k in range(count))}
@@ -149,7 +155,7 @@ class Latents:
             raise UserError(f"it has no latents in {self.folder}: run launch.precompute")
         shard, record = self._places[key]
         try:
-            return from_record(self._records[record])
+            return from_record(key, self._records[record])
         except (RuntimeError, ValueError, OSError, KeyError, IndexError, SafetensorError) as error:
             name = self._shards[shard]
             raise UserError(f"its latents in {name} cannot be read ({error}): remove that file's {INDEX[1:]} "
@@ -219,11 +225,11 @@ def shard_name(shard: int, count: int) -> str:
 
 
 def _lines(file: Path, cut: bool = False) -> Iterable[dict[str, str]]:
-    """The objects of a JSONL file. cut: the last line may have been cut off by a kill. Raises UserError for others that are no JSON."""
-    lines = file.read_text().splitlines()
-    for number, line in enumerate(lines, 1):
+    """The objects of a JSONL file. cut: lines may have been cut off by kills, and count for nothing. Raises UserError for others that
+    are no JSON."""
+    for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
             yield json.loads(line)
         except ValueError:
-            if not cut or number < len(lines):
+            if not cut:
                 raise UserError(f"{file}:{number} is damaged: remove the file and run launch.precompute again") from None

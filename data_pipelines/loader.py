@@ -1,4 +1,5 @@
 """Batches for training: Grain reads steps, a plan says what is in each, threads or processes pack them ahead of time."""
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,15 @@ from absl import flags
 
 from data_pipelines.mixture import Mixture, Row, Schedule, choose_text
 from data_pipelines.packing import SHIFT, collate, pack_sample
+from data_pipelines.processes import end_with_parent
 from data_pipelines.prompts import Prompter
 from vino_jax.batch import Batch, BucketSpec
 from vino_jax.errors import UserError
 
 ENDLESS = 1 << 40  # steps
+
+
+_first_batch = functools.cache(end_with_parent)  # once a process
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Packer:
     shift: tuple[float, float]
 
     def batch(self, step: int) -> tuple[int, str, Batch]:
+        _first_batch()
         plan = self.schedule.plan(int(step))
         size = plan.bucket.batch // self.process_count
         rows = plan.rows[self.process_index * size:(self.process_index + 1) * size]
@@ -80,6 +86,11 @@ class Loader:
         before = time.perf_counter()
         try:
             return next(self._batches)
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):  # Grain's word for a process that is gone
+                raise
+            raise UserError("a process that packs batches was killed, perhaps for want of memory: start again, with fewer "
+                            "data.workers or a smaller data.prefetch") from None
         finally:
             self.waited += time.perf_counter() - before
 

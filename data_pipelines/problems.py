@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipelines.locks import locked
+from data_pipelines.processes import locked
 from vino_jax.errors import UserError
 
 

@@ -6,11 +6,10 @@ replaced. TFDS' metadata is written at the end of a run: until then readers see 
 that the folder is not complete.
 """
 import contextlib
-import fcntl
 import os
 import re
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -21,23 +20,17 @@ from vino_jax.errors import UserError
 SUFFIXES = (".array_record", ".jsonl")
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for one run. Raises UserError where another one writes to it."""
-    with (folder / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another launch.ingest is writing to {folder}") from None
-        yield
+def sweep(folder: Path) -> None:
+    """Remove what lies under temporary names."""
+    for file in folder.glob(".*.*"):
+        if file.suffix in SUFFIXES:
+            file.unlink()
 
 
 def clean(folder: Path) -> dict[int, list[str]]:
     """Remove what no finished write left, and shards that are damaged as far as their size and index tell; number -> keys of the others,
     in order."""
-    for file in folder.glob(".*.*"):
-        if file.suffix in SUFFIXES:
-            file.unlink()
+    sweep(folder)
     good = {}
     named = [re.fullmatch(rf"{SPLIT}-(\d+)", file.stem) for file in folder.iterdir() if file.suffix in SUFFIXES]
     for number in sorted({int(found[1]) for found in named if found}):

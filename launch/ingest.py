@@ -6,9 +6,10 @@ Every picture and clip is decoded once, whole: what is broken is found now, and 
 Manifests: data_pipelines/manifest.py; the layout of OUT: data_pipelines/records.py.
 
 A run makes OUT hold what the manifest lists. An item is known by its content: its entry and the SHA-256 of its files, wherever they
-lie. What OUT has already is not written again; what the manifest lists no more is dropped, by writing its shard anew without it; an
-entry that is listed twice is there twice. Whatever ends a run, the next goes on from the shards that were finished. Shards that are
-missing or cut off are made again; one with flipped bytes must be deleted first, which the message about it says.
+lie. What OUT has already is not written again; what the manifest lists no more is dropped, by writing its shard anew without it, but not
+by a run that had to skip items; an entry that is listed twice is there twice. Whatever ends a run, the next goes on from the shards that
+were finished. Shards that are missing or cut off are made again; one with flipped bytes must be deleted first, which the message about it
+says.
 
 Items lie in the order of the manifest where OUT was empty; later runs add theirs at the end. Shards are the same for any number of workers.
 """
@@ -17,11 +18,9 @@ import hashlib
 import json
 import multiprocessing
 import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,8 +29,9 @@ from data_pipelines.buckets import NEEDS
 from data_pipelines.files import Facts, Media, decoded_facts, read_image
 from data_pipelines.manifest import Item, read_items
 from data_pipelines.problems import Problems
+from data_pipelines.processes import end_with_parent, locked
 from data_pipelines.records import INFO, encode, folder_of, shard_lengths
-from data_pipelines.shards import clean, drop, locked, publish, put, renumber, write_records
+from data_pipelines.shards import clean, drop, publish, put, renumber, sweep, write_records
 from launch import cli
 from vino_jax.errors import UserError
 
@@ -98,11 +98,16 @@ def ingest(manifest: Path, root: Path, output: Path, workers: int = 1, skip: boo
     folder, skipped = folder_of(output), output / "skipped.jsonl"
     if manifest.resolve() == output.resolve():
         raise UserError(f"the manifest and the output are the same folder {output}")
+    if not manifest.exists():
+        raise UserError(f"cannot read the manifest {manifest}: there is no such file or folder")
     cli.make_output(folder)
     try:
-        with locked(folder):
+        with locked(folder / ".lock", f"another launch.ingest is writing to {folder}"):
             skipped.unlink(missing_ok=True)  # it lists what this run leaves out
-            return _update(folder, manifest, root, workers, Problems(skipped if skip else None), quiet)
+            try:
+                return _update(folder, manifest, root, workers, Problems(skipped if skip else None), quiet)
+            finally:
+                sweep(folder)
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error}") from None
 
@@ -122,6 +127,8 @@ def _update(folder: Path, manifest: Path, root: Path, workers: int, problems: Pr
             file.unlink()
     if not any(key in wanted for keys in present.values() for key in keys):
         raise UserError(f"no item of the manifest {manifest} can be used")
+    if problems.met:  # what cannot be read today may be there tomorrow
+        wanted |= {key for keys in present.values() for key in keys}
     dropped = tidy(folder, present, wanted)
     lengths = [len(keys) for keys in present.values()]
     if number > first or dropped or not published(folder, lengths):
@@ -230,12 +237,10 @@ def write(folder: Path, shards: Sequence[Sequence[Job]], workers: int, problems:
 
 
 def _start_worker(count) -> None:
-    """In every worker, first. A process ends with its parent, however that ends."""
+    """In every worker, first."""
     global _count
     _count = count
-    parent = multiprocessing.parent_process()
-    if parent:
-        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    end_with_parent()
 
 
 def write_shard(folder: Path, jobs: Sequence[Job], problems: Problems) -> tuple[Path, list[dict]]:

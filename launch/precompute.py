@@ -22,6 +22,7 @@ from data_pipelines.latent_source import Job, jobs_of, read_jobs
 from data_pipelines.latents import HASHES, SHARD_BYTES, Hashes, Keys, LatentWriter, finished, shard_name, to_record
 from data_pipelines.packing import pack_visuals
 from data_pipelines.problems import Problems
+from data_pipelines.processes import locked
 from data_pipelines.prompts import Prompter
 from data_pipelines.samples import Sample, check_finite
 from launch import cli
@@ -126,12 +127,18 @@ def precompute(config: RunConfig, output: pathlib.Path, *, shard: tuple[int, int
     check_data(config)
     check_ends(config)
     cli.make_output(output)
+    name = shard_name(*shard)
+    with locked(output / f"{name}.lock", f"another launch.precompute is writing shard {shard[0]}/{shard[1]} of {output}: give each its own"):
+        return _precompute(config, output, name, shard, batch, quiet, shard_bytes)
+
+
+def _precompute(config: RunConfig, output: pathlib.Path, name: str, shard: tuple[int, int], batch: int, quiet: bool, shard_bytes: int) -> int:
     prompter, problems = Prompter(processor_of(config)), Problems(problems_file(config, output))
     datas = [StageData(config, stage, prompter, problems) for stage in config.stages.values()]
     jobs = jobs_of([(data.pixels, data.named) for data in datas])
     own = jobs[shard[0]::shard[1]]
     with vae_checkpoint(config, output) as directory:
-        keys = make_keys(config, directory, prompter, Hashes(output, output / (shard_name(*shard) + HASHES)))
+        keys = make_keys(config, directory, prompter, Hashes(output, output / (name + HASHES)))
         todo = missing_jobs(own, keys, finished(output), problems, quiet)
         encoder = Encoder(config, directory, batch) if todo else None
     written = 0
@@ -142,7 +149,7 @@ def precompute(config: RunConfig, output: pathlib.Path, *, shard: tuple[int, int
             for key, job, sample in moments:
                 with problems.of(job.window.where):
                     check_finite(sample)
-                    writer.add(key, to_record(sample))
+                    writer.add(key, to_record(key, sample))
                     written += 1
 
         for moments in encoded(todo, encoder, prompter, keys, problems, config.data.threads, bar.update):

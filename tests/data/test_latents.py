@@ -18,6 +18,7 @@ from data_pipelines.latents import INDEX, RECORDS, Hashes, Latents, LatentWriter
 from data_pipelines.packing import pack_sample
 from data_pipelines.pixels import Patches
 from data_pipelines.problems import Problems
+from data_pipelines.processes import locked
 from data_pipelines.prompts import Prompter
 from data_pipelines.samples import Sample
 from launch import precompute as command
@@ -265,11 +266,24 @@ def test_the_known_hash_of_media_is_taken_and_others_are_read_once(files, tmp_pa
     record.write_text(record.read_text() + '{"stamp": "cut of')
     monkeypatch.setattr(type(picture), "read_bytes", lambda self: pytest.fail("it is known"))
     assert Hashes(tmp_path).of(picture) == sha and len(sha) == 64
+    monkeypatch.undo()
+    other = tmp_path / "other.png"
+    other.write_bytes(b"other")
+    assert Hashes(tmp_path, record).of(other) != sha  # written behind the line that a kill cut off
+    monkeypatch.setattr(type(picture), "read_bytes", lambda self: pytest.fail("it is known"))
+    assert Hashes(tmp_path).of(picture) == sha and Hashes(tmp_path).of(other) != sha
 
     class Ingested:
         sha256 = "written down"
 
     assert Hashes(tmp_path).of(Ingested()) == "written down"
+
+
+def test_two_processes_do_not_write_the_same_shard(files, fake, tmp_path):
+    config = config_of(*files[:2])
+    tmp_path.joinpath("x").mkdir()
+    with locked(tmp_path / "x" / "00000-of-00001.lock"), pytest.raises(UserError, match="another launch.precompute is writing shard 0/1"):
+        precompute(config, tmp_path / "x", quiet=True)
 
 
 def damaged(files, folder, how):
@@ -282,7 +296,7 @@ def damaged(files, folder, how):
             sample = Sample(key, "t2i", texts={}, **values)
             if key == first and how in ("nan", "inf"):
                 sample.target[0, 0, 0, 0] = float(how)
-            writer.add(key, b"no record" if key == first and how == "garbage" else to_record(sample))
+            writer.add(key, b"no record" if key == first and how == "garbage" else to_record(key, sample))
     if how == "cut":
         os.truncate(next(folder.glob("*" + RECORDS)), 1000)
 
@@ -341,7 +355,10 @@ def moments_sample(**changes):
 
 def test_records_hold_what_they_were_given():
     sample = moments_sample(images=(np.moveaxis(np.arange(128, dtype=np.float32).reshape(8, 4, 4), 0, 2),))  # not contiguous
-    again = from_record(to_record(sample))
+    record = to_record("its key", sample)
+    with pytest.raises(ValueError, match="another sample's"):
+        from_record("another", record)
+    again = from_record("its key", record)
     assert np.array_equal(again["images"][0], sample.images[0]) and again["video"] is None and again["seen"][0].grid == (1, 2, 2)
 
 

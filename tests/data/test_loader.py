@@ -1,5 +1,11 @@
 """The loader over shapes: rows by process, resuming, dropout in the batch, threads."""
 import dataclasses
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -10,7 +16,7 @@ from data_pipelines.loader import Loader
 from data_pipelines.mixture import Mixture
 from data_pipelines.prompts import Prompter
 from data_pipelines.sources import ShapesSource
-from tests.data.folders import SMALL_VLM
+from tests.data.folders import ROOT, SMALL_VLM
 from tests.data.test_mixture import WEIGHTS
 from vino_jax.batch import ROLE_LATENT, TASKS, BucketSpec
 from vino_jax.errors import UserError
@@ -70,6 +76,31 @@ def test_processes_that_pack_give_the_same(prompter, whole):
     with loader(prompter, start_step=3, workers=2, threads=2) as batches:
         rest = list(batches)
     assert [r[:2] for r in rest] == [w[:2] for w in whole[3:]] and all(equal(a[2], b[2]) for a, b in zip(rest, whole[3:], strict=True))
+
+
+def test_a_killed_process_is_told(prompter):
+    with loader(prompter, stop=None, workers=2) as batches:
+        next(batches)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        with pytest.raises(UserError, match="a process that packs batches was killed"):
+            for _ in range(200):
+                next(batches)
+
+
+def test_processes_end_with_a_killed_run():
+    code = ("import multiprocessing, sys, time\nfrom tests.data.test_loader import *\nif __name__ == '__main__':\n"
+            "    batches = loader(Prompter(SMALL_VLM), stop=None, workers=2)\n    next(batches)\n"
+            "    print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n    time.sleep(600)\n")
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    workers = [int(pid) for pid in run.stdout.readline().split()]
+    run.kill()
+    run.wait()
+    assert len(workers) == 2
+    for _ in range(100):
+        if not any(os.path.exists(f"/proc/{pid}") for pid in workers):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{workers} are still there")
 
 
 def test_resuming_is_starting_at_the_next_step(prompter, whole):

@@ -1,7 +1,11 @@
-"""Files that one process at a time may write beside."""
+"""Processes of one machine that work together: locks between them, and children that end with their parent."""
 import contextlib
 import fcntl
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from vino_jax.errors import UserError
@@ -19,3 +23,10 @@ def locked(file: Path, taken: str = "") -> Iterator[None]:
         except BlockingIOError:
             raise UserError(taken) from None
         yield
+
+
+def end_with_parent() -> None:
+    """Called in a child of multiprocessing: it ends when its parent does, however that ends. Elsewhere it does nothing."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
