@@ -96,6 +96,12 @@ class LatentSource:
     def unplaced(self) -> list[str]:
         return self._source.unplaced()
 
+    def undrawn(self) -> dict[str, int]:
+        return self._source.undrawn()
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
     def sample(self, task: str, bucket: BucketSpec, index: int) -> Sample:
         """Sample `index` of the group, or the next that can be read where the run goes on. Raises UserError otherwise."""
         keys = self._keys[task, bucket.name]

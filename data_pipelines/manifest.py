@@ -57,6 +57,7 @@ class Item:
     base_image: bool
 
 
+@functools.lru_cache(maxsize=1)  # the stages of a run have their items of the same manifest
 def read_items(manifest: str | Path, root: str | Path, problems: Problems) -> list[tuple[str, Item]]:
     """("manifest:place", item) of every entry that is right; those that are wrong go to `problems`.
 

@@ -8,6 +8,9 @@ Of a clip that is longer than its bucket one or several windows are taken (`Clip
 by the same windows.
 """
 import collections
+import functools
+import hashlib
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,11 +97,14 @@ class MediaSource:
         self._groups: dict[tuple[str, str], list[Window]] = collections.defaultdict(list)
         self._tokens: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
         self._unplaced: list[str] = []
-        items = [(where, item) for where, item in read_items(manifest, root, self.problems) if item.task in tasks]
+        found = read_items(manifest, root, self.problems)
+        items = [(where, item) for where, item in found if item.task in tasks]
+        self._undrawn = collections.Counter(item.task for _, item in found if item.task not in tasks)
+        serving = functools.cache(lambda task, images: tuple(bucket for bucket in buckets if serves(bucket, task, images)))
         self._tasks = tuple(t for t in TASKS if any(item.task == t for _, item in items))
         for where, item in items:
             with self.problems.of(where):
-                bucket, tokens, reason = place(item, buckets, prompter, clips)
+                bucket, tokens, reason = place(item, serving(item.task, _images(item)), prompter, clips)
                 if not bucket:
                     self._unplaced.append(f"{item.id} ({where}): {reason}")
                     continue
@@ -122,6 +128,15 @@ class MediaSource:
 
     def unplaced(self) -> list[str]:
         return self._unplaced
+
+    def undrawn(self) -> dict[str, int]:
+        return dict(self._undrawn)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for group, windows in sorted(self._groups.items()):
+            digest.update(json.dumps([group, [[w.item.id, w.item.target.name, w.start] for w in windows]]).encode())
+        return digest.hexdigest()
 
     def window(self, task: str, bucket: BucketSpec, index: int) -> Window:
         """What sample `index` of the group is made of."""
@@ -168,7 +183,7 @@ def place(item: Item, buckets: Sequence[BucketSpec], prompter: Prompter | None,
     """The bucket for an item and how many of its tokens a row of it fills (counting all of the prompt's without a prompter), or None and
     why. Raises UserError when a file of it cannot be read."""
     facts = facts_of(item.target, NEEDS[item.task].clip)
-    frames, images = clips.length(facts) if NEEDS[item.task].clip else 1, len(item.images) or NEEDS[item.task].images
+    frames, images = clips.length(facts) if NEEDS[item.task].clip else 1, _images(item)
     video_frames = clips.length(facts_of(item.video, clip=True)) if item.video else 0
     references = [facts_of(media, clip=False) for media in item.images]
     able, reason = list(buckets), (f"no bucket for {item.task} of {frames}x{facts.height}x{facts.width} with {images} reference images"
@@ -186,6 +201,11 @@ def place(item: Item, buckets: Sequence[BucketSpec], prompter: Prompter | None,
         spoiled = [spoils(facts.height, facts.width, b.height, b.width) for b in able if serves(b, item.task, images) and b.frames <= frames]
         reason = next(filter(None, spoiled), reason)
     return None, 0.0, reason
+
+
+def _images(item: Item) -> int:
+    """Reference images of its row: i2v may have none of its own."""
+    return len(item.images) or NEEDS[item.task].images
 
 
 def _last_start(item: Item, bucket: BucketSpec, clips: Clips) -> int:

@@ -36,6 +36,12 @@ class Source(Protocol):
     def unplaced(self) -> list[str]:
         """Names of items that fit no bucket, with the reason."""
 
+    def undrawn(self) -> dict[str, int]:
+        """How many items there are of tasks that this stage does not draw, by task."""
+
+    def fingerprint(self) -> str:
+        """Stands for the samples and their order: what a step draws is the same only where this is."""
+
 
 class ShapesSource:
     """The procedural data set (data_pipelines/shapes.py): all eight tasks, endless, drawn at the bucket's own size.
@@ -64,3 +70,9 @@ class ShapesSource:
 
     def unplaced(self) -> list[str]:
         return []
+
+    def undrawn(self) -> dict[str, int]:
+        return {}
+
+    def fingerprint(self) -> str:
+        return f"shapes {self.seed}"

@@ -3,9 +3,11 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from data_pipelines.buckets import table
 from data_pipelines.latent_source import LatentSource
@@ -21,8 +23,9 @@ from data_pipelines.sources import ShapesSource, Source
 from launch.previews import preview_tasks
 from vino_jax.batch import BucketSpec, PackedTask
 from vino_jax.checkpoint import model as model_checkpoint
+from vino_jax.checkpoint.atomic import write_text
 from vino_jax.errors import UserError
-from vino_jax.settings import build, nearest
+from vino_jax.settings import build, nearest, read_json
 from vino_jax.train.config import RunConfig
 from vino_jax.train.stage import StageConfig
 
@@ -130,11 +133,40 @@ class StageData:
                       jax.process_count(), self.config.data.threads, self.config.data.workers, self.config.data.prefetch, self.shift)
 
     def table(self) -> str:
-        """Buckets, tasks, tokens and shares, and what fits nowhere."""
-        return table(self.schedule.assigned, self.source)
+        """Buckets, tasks, tokens and shares, what fits nowhere, and what this stage leaves to others."""
+        undrawn = ", ".join(f"{task} ({count})" for task, count in self.source.undrawn().items())
+        return table(self.schedule.assigned, self.source) + f"\nnot drawn in this stage: {undrawn}" * bool(undrawn)
 
     def preview_tasks(self) -> list[PackedTask]:
         log, unseen = self.config.log, UNSEEN.get(self.config.data.source)
         options = SamplingOptions(guidance=log.preview_guidance, negative_prompt="", seed=self.config.seed)
         source = unseen(self.config) if unseen else self.pixels
         return preview_tasks(self.schedule, source, self.prompter, log.preview_count, options, self.shift)
+
+
+def write_unplaced(folder: pathlib.Path, datas: Mapping[str, StageData]) -> None:
+    """FOLDER/unplaced.txt, of all stages: the tables name only the first of many."""
+    lines = [f"{name}: {item}\n" for name, data in datas.items() for item in data.source.unplaced()]
+    if lines:
+        (folder / "unplaced.txt").write_text("".join(lines))
+
+
+def check_order(workdir: pathlib.Path, datas: Mapping[str, StageData], done: Mapping[str, int]) -> None:
+    """Raises UserError where the samples of a stage that has begun (done: steps by stage) are not those that it began with, or not the
+    same on all processes: the run would go on in another order, or its processes draw different buckets and wait for each other."""
+    file = workdir / "data.json"
+    before, now = read_json(file) if file.exists() else {}, {name: data.source.fingerprint() for name, data in datas.items()}
+    agree(json.dumps(now, sort_keys=True), "the samples that they found")
+    for name, data in datas.items():
+        if 0 < done[name] < data.stage.steps and before.get(name, now[name]) != now[name]:
+            raise UserError(f"the samples of stage {name!r} are not those that it began with, files or items were added, lost or changed: "
+                            f"undo that, or remove {file} to go on with what is there, in another order")
+    if now != before:
+        write_text(file, json.dumps(now, indent=1))
+
+
+def agree(text: str, what: str) -> None:
+    """Raises UserError, on all processes, where `text` is not the same on all of them."""
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    if jax.process_count() > 1 and (multihost_utils.process_allgather(digest) != digest).any():
+        raise UserError(f"the processes of this run do not agree on {what}: do all see the same files?")

@@ -127,7 +127,7 @@ def _update(folder: Path, manifest: Path, root: Path, workers: int, problems: Pr
             file.unlink()
     if not any(key in wanted for keys in present.values() for key in keys):
         raise UserError(f"no item of the manifest {manifest} can be used")
-    if problems.met:  # what cannot be read today may be there tomorrow
+    if problems.listed():  # what cannot be read today may be there tomorrow
         wanted |= {key for keys in present.values() for key in keys}
     dropped = tidy(folder, present, wanted)
     lengths = [len(keys) for keys in present.values()]

@@ -28,7 +28,7 @@ from data_pipelines.samples import Sample, check_finite
 from launch import cli
 from launch.config import parse
 from launch.convert import import_parts
-from launch.data import StageData, check_data, check_ends, make_keys, problems_file
+from launch.data import StageData, check_data, check_ends, make_keys, problems_file, write_unplaced
 from vino_jax.batch import Batch
 from vino_jax.checkpoint import model as model_checkpoint
 from vino_jax.convert.parts import Given
@@ -135,6 +135,7 @@ def precompute(config: RunConfig, output: pathlib.Path, *, shard: tuple[int, int
 def _precompute(config: RunConfig, output: pathlib.Path, name: str, shard: tuple[int, int], batch: int, quiet: bool, shard_bytes: int) -> int:
     prompter, problems = Prompter(processor_of(config)), Problems(problems_file(config, output))
     datas = [StageData(config, stage, prompter, problems) for stage in config.stages.values()]
+    write_unplaced(output, {data.stage.name: data for data in datas})
     jobs = jobs_of([(data.pixels, data.named) for data in datas])
     own = jobs[shard[0]::shard[1]]
     with vae_checkpoint(config, output) as directory:

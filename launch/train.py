@@ -18,7 +18,7 @@ from data_pipelines.prompts import Prompter
 from launch import cli
 from launch.config import parse
 from launch.convert import import_parts
-from launch.data import StageData, check_data, precomputed_source, problems_file
+from launch.data import StageData, check_data, check_order, precomputed_source, problems_file, write_unplaced
 from launch.previews import Previews
 from vino_jax.checkpoint import model as model_checkpoint
 from vino_jax.checkpoint.run import RunCheckpoints
@@ -69,9 +69,10 @@ def train(config: RunConfig, workdir: pathlib.Path, *, quiet: bool = False) -> p
     datas = {name: StageData(config, stage, prompter, problems, precomputed) for name, stage in config.stages.items()}
     for name, data in datas.items():
         say(f"{name}: {data.stage.steps} steps\n{data.table()}")
-    told = problems.listed()
-    if told:
-        say(f"{len(told)} items are wrong and left out, listed in {problems.file}")
+    if problems.met:
+        say(f"{len(problems.met)} items are wrong and left out, listed in {problems.file}")
+    write_unplaced(workdir, datas)
+    check_order(workdir, datas, before)
     average = run_stages(config, vino, directory, datas, mesh, rules, workdir, quiet, say)
 
     final, done = workdir / "model", steps_done(workdir, config.stages)

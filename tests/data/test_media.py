@@ -104,6 +104,15 @@ def test_texts_that_are_too_long_are_found_before_the_run(root):
     assert source_of(root, [LINES[8]], narrow, prompter).unplaced()[0].endswith("it needs 8 VLM patches, bucket edit has 4")
 
 
+def test_a_stage_leaves_other_tasks_and_knows_its_samples(root):
+    source_of(root, LINES)
+    pictures = MediaSource(root / "manifest.jsonl", root, BUCKETS, tasks=("t2i", "t2v"))
+    assert pictures.undrawn() == {"i2v": 1, "ti2v": 1, "ti2i": 2, "ti2i_baseimg": 1, "tv2v": 1, "tiv2v": 1}
+    orders = (LINES, LINES, LINES[1:], [LINES[0], LINES[2], LINES[1], *LINES[3:]], [*LINES, LINES[0]])
+    prints = [source_of(root, lines).fingerprint() for lines in orders]
+    assert prints[0] == prints[1] and len(set(prints)) == 4
+
+
 def test_pixels_are_those_of_the_files(root):
     source, by_name = source_of(root, LINES), {b.name: b for b in BUCKETS}
     cup = np.asarray(Image.open(root / "coffee.png").convert("RGB"))

@@ -86,11 +86,16 @@ def one_process(address, folder, output, index):
     import jax
     from jax.experimental import multihost_utils
 
+    from launch.data import agree
+    from vino_jax.errors import UserError
     from vino_jax.sharding.mesh import make_mesh
     from vino_jax.sharding.rules import preset
     from vino_jax.train.loop import place_batch
 
     jax.distributed.initialize(address, 2, int(index))
+    agree("the same text", "this")
+    with pytest.raises(UserError, match="do not agree on this"):
+        agree(f"the text of {index}", "this")
     assert jax.process_count() == 2 and len(jax.devices()) == 2
     mesh, seen = make_mesh({"data": 1, "fsdp": -1, "seq": 1, "tensor": 1}), []
     with loader(pathlib.Path(folder), STOPPED, STOPPED + BATCHES, jax.process_index(), jax.process_count()) as batches:

@@ -363,6 +363,28 @@ def test_tars_and_folders_are_ingested(root, tmp_path):
             assert len(samples) == len(got[place]) and all(map(same, samples, got[place])), place
 
 
+def test_nothing_is_lost_or_left_behind_by_a_run_with_problems(root, tmp_path, monkeypatch):
+    """Items that cannot be read today are not dropped, and shards that were not put in place are removed."""
+    for name in ("astronaut", "coffee", "chelsea"):
+        (tmp_path / f"{name}.png").write_bytes((root / f"{name}.png").read_bytes())
+    manifest, out = listed(tmp_path, LINES[:3]), tmp_path / "out"
+    assert ingest(manifest, tmp_path, out) == Summary(3, 1, 0, 0)
+    (tmp_path / "coffee.png").rename(tmp_path / "elsewhere.png")
+    assert ingest(manifest, tmp_path, out, skip=True) == Summary(0, 0, 3, 0, 1) and len(ids(out)) == 3
+    (tmp_path / "elsewhere.png").rename(tmp_path / "coffee.png")
+    before = {name: state for name, state in files(out).items() if name.startswith("vino_media")}
+    monkeypatch.setattr(command, "MIN_ITEMS", 1)
+    cut = (root / "coffee.png").read_bytes()[:3000]
+    (tmp_path / "cut.png").write_bytes(cut)
+    broken = listed(tmp_path, [*LINES[:3], *({**LINES[0], "id": str(i)} for i in range(6)), {**LINES[0], "target": "cut.png"}])
+    with pytest.raises(UserError, match="cut.png"):
+        ingest(broken, tmp_path, out, workers=2)
+    assert not [f for f in folder_of(out).glob(".*.*")] and before.items() <= files(out).items()
+    with pytest.raises(UserError, match="there is no such file"):
+        ingest(tmp_path / "none.jsonl", tmp_path, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_wrong_uses_are_told(ingested, root, tmp_path):
     with pytest.raises(UserError, match="are the same folder"):
         ingest(ingested[1], root, ingested[1])

@@ -92,6 +92,8 @@ def read_metrics(workdir: Path) -> dict[str, list[dict[str, Any]]]:
         records = [json.loads(line) for line in lines if line.endswith("}")]
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the metrics of the run {workdir}: {error}") from None
+    if not records:
+        raise UserError(f"the run {workdir} has no metrics yet")
     stages: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         stages.setdefault(record["stage"], []).append(record)
