@@ -26,13 +26,15 @@ STEPS, BATCHES, TIMES = 20, {"pixels": 40, "records": 300}, 50
 
 
 def command(*words) -> None:
-    subprocess.run([sys.executable, "-m", *map(str, words)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, "-m", *map(str, words)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
 
 
 def demo_tokens(workdir: Path) -> dict[str, float]:
     """Tokens a second of each stage of the demo, the last record of STEPS steps."""
     command("launch.train", "--config", "configs/shapes.py", "--workdir", workdir, "--quiet", "--config.log.preview_every=0",
-            "--config.log.every=10", *(f"--config.stages.stage{i}.steps={STEPS}" for i in (1, 2, 3)))
+            "--config.log.every=10", *(f"--config.stages.stage{i}.{key}" for i in (1, 2, 3) for key in (f"steps={STEPS}", "decay_steps=0")))
     records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return {record["stage"]: record["tokens_a_second"] for record in records if record["step"] == STEPS}
 
