@@ -64,6 +64,19 @@ def test_a_reference_clip_is_cut_where_its_target_is(tmp_path):
         assert numbers(sample.target) == numbers(sample.video) == list(range(start, start + 5))
 
 
+@pytest.mark.parametrize("windows, starts", [("sliding", [0]), ("middle", [0]), ("uniform", [0, 1])])
+def test_a_reference_clip_may_be_shorter_than_its_target(tmp_path, windows, starts):
+    write_clip(tmp_path / "target.mp4", 12)
+    write_clip(tmp_path / "short.mp4", 6)
+    bucket = BucketSpec("edit", 1, 9, 32, 32, 64, video_frames=5, video_height=32, video_width=32)
+    (tmp_path / "m.jsonl").write_text(json.dumps({"task": "tv2v", "target": "target.mp4", "video": "short.mp4", "instruction": "x"}))
+    source = MediaSource(tmp_path / "m.jsonl", tmp_path, [bucket], clips=Clips(windows, 2))
+    assert source.count("tv2v", bucket) == len(starts)
+    for index, start in enumerate(starts):
+        sample = source.sample("tv2v", bucket, index)
+        assert numbers(sample.target) == list(range(start, start + 9)) and numbers(sample.video) == list(range(start, start + 5))
+
+
 def test_true_rates(tmp_path):
     """At 24 a second: of 48 every other, of 12 each twice, of 23.976 each once; by time stamps where there is no rate."""
     read = lambda path, count, start=0: numbers(read_cut_clip(path, count, 32, 32, start, 24.0))  # noqa: E731
