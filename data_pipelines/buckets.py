@@ -7,7 +7,7 @@ from vino_jax.batch import TASKS, BucketSpec
 from vino_jax.errors import UserError
 
 LISTED = 100  # items without a bucket that the table names; the others are counted
-SAME_ASPECT = 0.05  # by how much aspect ratios may differ, relatively, that count as the same: sizes are multiples of 16
+NEAR_ASPECT = 0.05  # by how much aspect ratios may differ, relatively, that count as the same: sizes are multiples of 16
 MAX_CUT = 0.5  # of a picture's area that may be cut away to give it a bucket's aspect ratio
 MAX_ENLARGED = 4.0  # times its own height or width
 
@@ -81,7 +81,7 @@ def fitting(buckets: Sequence[BucketSpec], task: str, images: int, frames: int, 
                 -area if area <= height * width else area, round(aspects[bucket.name], 3), bucket.prompt_tokens, bucket.patches)
 
     nearest = min(aspects.values(), default=0)
-    return min((b for b in able if aspects[b.name] <= nearest + math.log(1 + SAME_ASPECT)), key=rank, default=None)
+    return min((b for b in able if aspects[b.name] <= nearest + math.log(1 + NEAR_ASPECT)), key=rank, default=None)
 
 
 def spoils(height: int, width: int, to_height: int, to_width: int, *, cut: bool = True) -> str:

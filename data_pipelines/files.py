@@ -14,8 +14,6 @@ from PIL import Image, ImageOps
 from vino_jax.errors import UserError
 
 WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N")  # 16 bits a value, of which PIL's own conversion would clip all above 255
-
-
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap height and width
 
 

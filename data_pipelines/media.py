@@ -21,13 +21,12 @@ from PIL import Image
 from data_pipelines.buckets import NEEDS, fitting, serves, spoils
 from data_pipelines.files import Facts, Media, clip_facts, decoded_frames, frame_pixels, picture_facts, read_image, shown_size
 from data_pipelines.manifest import Item, read_items
-from data_pipelines.packing import token_grid
 from data_pipelines.pixels import MAX_ASPECT, letterbox
 from data_pipelines.problems import Problems
 from data_pipelines.prompts import Prompter
 from data_pipelines.samples import Sample
 from data_pipelines.sources import Usage
-from vino_jax.batch import TASKS, BucketSpec
+from vino_jax.batch import TASKS, BucketSpec, visual_tokens
 from vino_jax.errors import UserError
 
 SAME_ASPECT = 0.02  # relative difference of two aspect ratios that counts as none
@@ -223,9 +222,8 @@ def _spoiled_reference(facts: Facts, bucket: BucketSpec) -> str:
 
 
 def _reference_tokens(item: Item, images: int, bucket: BucketSpec) -> int:
-    one = int(np.prod(token_grid(1, bucket.image_height, bucket.image_width))) + 2
-    clip = int(np.prod(token_grid(bucket.video_frames, bucket.video_height, bucket.video_width))) + 2 if item.video else 0
-    return images * one + clip
+    clip = visual_tokens(bucket.video_frames, bucket.video_height, bucket.video_width) + 2 if item.video else 0
+    return images * (visual_tokens(1, bucket.image_height, bucket.image_width) + 2) + clip  # 2: the boundary tokens
 
 
 def _prompt_tokens(item: Item, images: int, bucket: BucketSpec, prompter: Prompter) -> tuple[float, str]:

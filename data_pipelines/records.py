@@ -175,7 +175,7 @@ def read_record(shard: Path, record: int) -> dict:
         raw = read_raw(shard, record)
         try:
             _last.value = features().deserialize_example_np(raw)
-        except Exception as error:
+        except Exception as error:  # and so does the parser for bytes that are no example
             raise UserError(f"record {record} of {shard} cannot be decoded ({type(error).__name__}): {AGAIN}") from None
         _last.at = wanted
     return _last.value

@@ -9,7 +9,7 @@ from data_pipelines.buckets import assign, padding_shares
 from data_pipelines.pixels import PixelLimits
 from data_pipelines.prompts import Prompter
 from tests.benchmarks.padding import BUDGET, FAMILIES, Placed, buckets, log_normal_items, measure
-from tests.data.folders import SHARED, SMALL_VLM
+from tests.data.folders import SHARED, SMALL_VLM, needs_shared
 from vino_jax.batch import BucketSpec
 
 
@@ -22,10 +22,9 @@ def test_sizes_and_budgets():
     assert family("x", 640, (128,), 10, rows=4).popitem()[1]["batch"] == 4  # never less than the mesh needs
 
 
-@pytest.mark.parametrize("folder, limits", [(SMALL_VLM, None), (SMALL_VLM, PixelLimits()), (SHARED / "qwen3vl_processor", None)])
+@pytest.mark.parametrize("folder, limits", [(SMALL_VLM, None), (SMALL_VLM, PixelLimits()),
+                                             pytest.param(SHARED / "qwen3vl_processor", None, marks=needs_shared)])
 def test_prompts_have_the_room_that_is_promised(folder, limits):
-    if not folder.is_dir():
-        pytest.skip("needs ../shared (Qwen3-VL's tokenizer), which is absent")
     prompter = Prompter(folder, limits)
     text = "a red circle " * 8
     words = prompter.length(text) - prompter.length("")
