@@ -53,6 +53,14 @@ def fake(monkeypatch):
     monkeypatch.setattr(command, "Encoder", FakeEncoder)
 
 
+def copy_media(files, folder):
+    """A folder with the same media; made anew, a clip can differ in a bit: swscale's rounding depends on how memory lies."""
+    folder.mkdir()
+    for file in filter(lambda path: path.is_file(), files[0].iterdir()):
+        shutil.copy(file, folder)
+    return folder
+
+
 def stage_data(files, problems=None, **data):
     """Of the config's stage, from latents where `data` names them."""
     config, prompter = config_of(*files[:2], **data), Prompter(SMALL_VLM)
@@ -229,9 +237,7 @@ def touched(root, init, folder):
 @pytest.mark.parametrize("change", [changed_picture, changed_bucket, changed_vae, changed_arithmetic, changed_batch, touched])
 def test_what_has_changed_is_missed(files, tmp_path, change):
     """And what has not is found again: by content, not by name, time or batch."""
-    root = tmp_path / "media"
-    root.mkdir()
-    make_media(root)
+    root = copy_media(files, tmp_path / "media")
     values, missing = change(root, files[1], tmp_path)
     values["data"]["precomputed"] = str(files[2])
     config, prompter = run_config(values), Prompter(SMALL_VLM)
@@ -332,9 +338,7 @@ def test_nothing_that_is_not_finite_is_written(files, tmp_path, fake, monkeypatc
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_media_that_cannot_be_read_are_told_or_left_out(files, tmp_path, policy, capsys, fake):
-    root = tmp_path / "media"
-    root.mkdir()
-    make_media(root)
+    root = copy_media(files, tmp_path / "media")
     data = bytearray((root / "astronaut.png").read_bytes())
     (root / "astronaut.png").write_bytes(data[:len(data) // 2])  # its header is whole
     config = config_of(root, files[1], bad_items=policy)
