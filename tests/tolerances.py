@@ -7,6 +7,7 @@ GOLDEN_IMAGE_REL = 1e-3  # pipeline goldens, image tasks: latents
 GOLDEN_VIDEO_REL = 3e-2  # pipeline goldens where a clip is decoded and resized
 GOLDEN_PIXEL_GREY = 1  # pixels of a picture, largest difference in grey levels
 BATCH_ROW_ABS = 2e-5  # a row in a padded batch against the row alone
+KERNEL_ABS = 1e-5  # attention kernels, and attention on several devices, against products on one: outputs and gradients
 MESH_LOSS_ABS = 1e-5  # loss curve on 8 devices against 1, over 20 steps
 TILING_GREY = 1.0  # tiled against untiled VAE, grey levels
 SAMPLE_BF16_RMS = 0.05  # sampling in bfloat16 against float32, root mean square over that of the latents

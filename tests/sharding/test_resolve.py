@@ -77,7 +77,7 @@ def test_constrain_places_and_leaves_whole_what_does_not_divide():
 
     def place(x):
         with use_sharding(mesh, preset("fsdp")):
-            return constrain(x, "batch", "visual", None)
+            return constrain(x, "batch", "tokens", None)
 
     assert jax.jit(place)(jnp.ones((2, 8, 4))).sharding.shard_shape((2, 8, 4)) == (1, 2, 4)
     assert jax.jit(place)(jnp.ones((2, 6, 4))).sharding.shard_shape((2, 6, 4)) == (1, 6, 4)

@@ -16,7 +16,7 @@ class Connector(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, ratio: int, *, rngs: nnx.Rngs):
         self.norm = RMSNorm(inputs, eps=1e-6, rngs=rngs)
-        self.up = Linear(inputs, ratio * outputs, ("embed", "mlp"), rngs=rngs)
+        self.up = Linear(inputs, ratio * outputs, ("vlm_width", "mlp"), rngs=rngs)
         self.down = Linear(ratio * outputs, outputs, ("mlp", "embed"), rngs=rngs)
 
     def __call__(self, x_BLW: jax.Array) -> jax.Array:
@@ -28,7 +28,7 @@ class Queries(nnx.Module):
     """Learnable query tokens, N(0, 1/width) at init; called without arguments they are (Q, W) as stored."""
 
     def __init__(self, count: int, width: int, *, rngs: nnx.Rngs):
-        self.embedding = param(rngs, (count, width), ("queries", "embed"), lambda k, s, d: jax.random.normal(k, s, d) / math.sqrt(width))
+        self.embedding = param(rngs, (count, width), ("queries", "vlm_width"), lambda k, s, d: jax.random.normal(k, s, d) / math.sqrt(width))
 
     def __call__(self) -> jax.Array:
         return self.embedding[...]

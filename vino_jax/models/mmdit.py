@@ -4,11 +4,13 @@ Dims: B rows, F H W latent frames, height, width, C channels or context width, S
 tokens, L context tokens, D width, N heads, H head width (of q, k, v and the RoPE tables), P values a token.
 
 Visual tokens lie as [target ; references]: RoPE carries their order, so what leaves is a static slice. In joint attention the
-context follows. Parameter names of the published model stand in convert/tables/mmdit.py.
+context follows, shard by shard where tokens lie on several (sharding/constrain.py: join). What a remat policy can save has a name
+(nn/stack.py). Parameter names of the published model stand in convert/tables/mmdit.py.
 """
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from vino_jax.batch import ROLE_MARKER, ROLE_PAD
 from vino_jax.models.context import References, patchify, target_positions, unpatchify
@@ -16,9 +18,9 @@ from vino_jax.nn.attention import attend
 from vino_jax.nn.layers import LayerNorm, Linear, RMSNorm, gelu_tanh, sinusoid
 from vino_jax.nn.rope import apply_rope, rope_tables
 from vino_jax.nn.runtime import Runtime
-from vino_jax.nn.stack import run_stack, stacked
+from vino_jax.nn.stack import run_stack, stacked, within_budget
 from vino_jax.settings import MMDiTConfig
-from vino_jax.sharding.constrain import constrain
+from vino_jax.sharding.constrain import constrain, join, part, shards
 
 _TIME_FEATURES = 256
 # Modulations and the output start near zero, so that fresh blocks are near the identity; not at zero, where a frozen MMDiT would
@@ -45,7 +47,7 @@ class MLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(checkpoint_name(self.up(x), "mlp")))
 
 
 def _embedder(inputs: int, width: int, rngs: nnx.Rngs) -> MLP:
@@ -65,7 +67,7 @@ class Projections(nnx.Module):
         self.key_norm = RMSNorm(config.head_dim, eps=1e-6, rngs=rngs) if norm else None
 
     def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = (p(x_BLD).reshape(*x_BLD.shape[:2], self.heads, -1) for p in (self.query, self.key, self.value))
+        q, k, v = (checkpoint_name(p(x_BLD), "qkv").reshape(*x_BLD.shape[:2], self.heads, -1) for p in (self.query, self.key, self.value))
         return (q, k, v) if self.query_norm is None else (self.query_norm(q), self.key_norm(k), v)
 
 
@@ -106,7 +108,7 @@ class TokenRefiner(nnx.Module):
         # a row of padding sees column 0, so that its softmax is over something
         mask_BLL = (mask_BL[:, :, None] & mask_BL[:, None, :]) | (jnp.arange(mask_BL.shape[1]) == 0)
         call = lambda block, x, _: (block(x, signal_BD, mask_BLL[:, None], self.runtime.attention), None)  # noqa: E731
-        return run_stack(self.blocks, call, self.context_in(context_BLC), remat=self.runtime.remat)[0]
+        return run_stack(self.blocks, call, self.context_in(context_BLC), remat="full")[0]
 
 
 class Stream(nnx.Module):
@@ -127,8 +129,8 @@ class Stream(nnx.Module):
 
     def after(self, x_BLD: jax.Array, attended_BLNH: jax.Array, rest: list[jax.Array]) -> jax.Array:
         gate_attention, shift, scale, gate_mlp = rest
-        x_BLD = x_BLD + gate_attention[:, None] * self.out(attended_BLNH.reshape(x_BLD.shape))
-        return x_BLD + gate_mlp[:, None] * self.mlp(_modulate(self.norm(x_BLD), shift, scale))
+        x_BLD = x_BLD + gate_attention[:, None] * checkpoint_name(self.out(attended_BLNH.reshape(x_BLD.shape)), "branch")
+        return x_BLD + gate_mlp[:, None] * checkpoint_name(self.mlp(_modulate(self.norm(x_BLD), shift, scale)), "branch")
 
 
 class DoubleBlock(nnx.Module):
@@ -138,14 +140,13 @@ class DoubleBlock(nnx.Module):
         self.visual = Stream(config, rngs=rngs)
         self.context = Stream(config, rngs=rngs)
 
-    def __call__(self, x_BVD: jax.Array, context_BLD: jax.Array, signal_BD: jax.Array, rope, mask_B11S: jax.Array, kernel: str):
+    def __call__(self, x_BVD: jax.Array, context_BLD: jax.Array, signal_BD: jax.Array, rope, valid_BS: jax.Array, kernel: str):
         visual_qkv, visual_rest = self.visual.before(x_BVD, signal_BD)
         context_qkv, context_rest = self.context.before(context_BLD, signal_BD)
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(visual_qkv, context_qkv))
-        attended_BSNH = attend(apply_rope(q, *rope), apply_rope(k, *rope), v, mask=mask_B11S, kernel=kernel)
-        visual = x_BVD.shape[1]
-        return (self.visual.after(x_BVD, attended_BSNH[:, :visual], visual_rest),
-                self.context.after(context_BLD, attended_BSNH[:, visual:], context_rest))
+        q, k, v = (join(*pair) for pair in zip(visual_qkv, context_qkv))
+        attended_BSNH = attend(apply_rope(q, *rope), apply_rope(k, *rope), v, valid=valid_BS, kernel=kernel)
+        visual_BVNH, context_BLNH = part(attended_BSNH, x_BVD.shape[1])
+        return self.visual.after(x_BVD, visual_BVNH, visual_rest), self.context.after(context_BLD, context_BLNH, context_rest)
 
 
 class SingleBlock(nnx.Module):
@@ -159,15 +160,16 @@ class SingleBlock(nnx.Module):
         self.mlp = Linear(width, hidden, ("embed", "mlp"), rngs=rngs)
         self.out = Linear(width + hidden, width, ("mlp", "embed"), rngs=rngs)
 
-    def __call__(self, x_BSD: jax.Array, signal_BD: jax.Array, rope, mask_B11S: jax.Array, kernel: str) -> jax.Array:
+    def __call__(self, x_BSD: jax.Array, signal_BD: jax.Array, rope, valid_BS: jax.Array, kernel: str) -> jax.Array:
         shift, scale, gate = _parts(self.modulation, signal_BD, 3)
         normed = _modulate(self.norm(x_BSD), shift, scale)
         q, k, v = self.attention(normed)
-        attended = attend(apply_rope(q, *rope), apply_rope(k, *rope), v, mask=mask_B11S, kernel=kernel).reshape(x_BSD.shape)
+        attended = attend(apply_rope(q, *rope), apply_rope(k, *rope), v, valid=valid_BS, kernel=kernel).reshape(x_BSD.shape)
         # out([attended, mlp]) as two products: cutting the kernel is cheap, joining the activations is not
-        attention_kernel, mlp_kernel = jnp.split(self.out.kernel[...].astype(x_BSD.dtype), [x_BSD.shape[-1]])
-        out = attended @ attention_kernel + gelu_tanh(self.mlp(normed)) @ mlp_kernel + self.out.bias[...].astype(x_BSD.dtype)
-        return x_BSD + gate[:, None] * out
+        kernel_ID, bias_D = self.out.weights(x_BSD.dtype)
+        attention_kernel, mlp_kernel = jnp.split(kernel_ID, [x_BSD.shape[-1]])
+        out = attended @ attention_kernel + gelu_tanh(checkpoint_name(self.mlp(normed), "mlp")) @ mlp_kernel + bias_D
+        return x_BSD + gate[:, None] * checkpoint_name(out, "branch")
 
 
 class MMDiT(nnx.Module):
@@ -201,17 +203,21 @@ class MMDiT(nnx.Module):
         joint_mask_BL = context_mask_BL if joint_mask_BL is None else joint_mask_BL
         grid = tuple(size // p for size, p in zip(latents_BFHWC.shape[1:4], config.patch))
         tokens_BSP = patchify(latents_BFHWC.astype(dtype), config.patch)
+        targets, padding = tokens_BSP.shape[1], shards("tokens")
+        references = _padded(references, -(targets + references.role_BR.shape[1]) % padding)
+        context_BLC, context_mask_BL, joint_mask_BL = (_pad(x, -x.shape[1] % padding) for x in (context_BLC, context_mask_BL, joint_mask_BL))
         features_BT = sinusoid(time_B.astype(jnp.float32) * config.time_scale, _TIME_FEATURES)
         signal_BD = self._signal(features_BT).astype(dtype)
         context_BLD = self.refiner(context_BLC.astype(dtype), context_mask_BL, features_BT)
         x_BVD = self._visual(tokens_BSP, references)
         position_BV3 = jnp.concatenate([target_positions(*grid, target_start_B), references.position_BR3], axis=1)
         rope = self._rope(position_BV3, context_BLD.shape[1])
-        valid_BS = jnp.concatenate([jnp.ones(tokens_BSP.shape[:2], jnp.bool_), references.role_BR != ROLE_PAD, joint_mask_BL], axis=1)
-        x_BSD = self._blocks(x_BVD, context_BLD, signal_BD, rope, valid_BS[:, None, None, :])
+        valid_BV = jnp.concatenate([jnp.ones(tokens_BSP.shape[:2], jnp.bool_), references.role_BR != ROLE_PAD], axis=1)
+        x_BVD = self._blocks(x_BVD, context_BLD, signal_BD, rope, join(valid_BV, joint_mask_BL))
         scale, shift = _parts(self.modulation_out, signal_BD, 2)
-        x_BSD = _modulate(self.norm_out(x_BSD[:, :tokens_BSP.shape[1]]), shift, scale)
-        return unpatchify(self.out(x_BSD.astype(jnp.float32)), grid, config.patch)
+        x_BVD = _modulate(self.norm_out(x_BVD), shift, scale)
+        # cut after the product: where tokens lie on several shards, 64 values each travel, not the model's width
+        return unpatchify(self.out(x_BVD.astype(jnp.float32))[:, :targets], grid, config.patch)
 
     def _signal(self, features_BT: jax.Array) -> jax.Array:
         """What every modulation reads (B, D): time and the constant guidance, float32."""
@@ -228,21 +234,32 @@ class MMDiT(nnx.Module):
     def _rope(self, position_BV3: jax.Array, context: int) -> tuple[jax.Array, jax.Array]:
         """Tables over [visual ; context]; the context's rows do not turn (cos 1, sin 0)."""
         cos, sin = rope_tables(position_BV3, self.config.rope_axes, self.config.rope_theta)
-        pad = ((0, 0), (0, context), (0, 0))
-        return jnp.pad(cos, pad, constant_values=1.0), jnp.pad(sin, pad)
+        rows = (cos.shape[0], context, cos.shape[2])
+        return join(cos, jnp.ones(rows, cos.dtype)), join(sin, jnp.zeros(rows, sin.dtype))
 
-    def _blocks(self, x_BVD, context_BLD, signal_BD, rope, mask_B11S) -> jax.Array:
-        """All blocks; (B, V + L, D)."""
-        kernel, remat = self.runtime.attention, self.runtime.remat
+    def _blocks(self, x_BVD, context_BLD, signal_BD, rope, valid_BS) -> jax.Array:
+        """All blocks; visual tokens (B, V, D)."""
+        kernel = self.runtime.attention
 
         def double(block, carry, _):
-            x, context = block(*carry, signal_BD, rope, mask_B11S, kernel)
-            return (constrain(x, "batch", "visual", "width"), constrain(context, "batch", "context", "width")), None
+            x, context = block(*carry, signal_BD, rope, valid_BS, kernel)
+            return (constrain(x, "batch", "tokens", "width"), constrain(context, "batch", "tokens", "width")), None
 
         def single(block, x, _):
-            return constrain(block(x, signal_BD, rope, mask_B11S, kernel), "batch", "visual", "width"), None
+            return constrain(block(x, signal_BD, rope, valid_BS, kernel), "batch", "tokens", "width"), None
 
-        streams = (constrain(x_BVD, "batch", "visual", "width"), constrain(context_BLD, "batch", "context", "width"))
-        streams, _ = run_stack(self.double, double, streams, remat=remat)
-        joined = constrain(jnp.concatenate(streams, axis=1), "batch", "visual", "width")
-        return run_stack(self.single, single, joined, remat=remat)[0]
+        streams = (constrain(x_BVD, "batch", "tokens", "width"), constrain(context_BLD, "batch", "tokens", "width"))
+        of_double, of_single = within_budget(self.runtime.remat, [(self.double, double, streams), (self.single, single, join(*streams))])
+        streams, _ = run_stack(self.double, double, streams, remat=of_double)
+        joined, _ = run_stack(self.single, single, constrain(join(*streams), "batch", "tokens", "width"), remat=of_single)
+        return part(joined, x_BVD.shape[1])[0]
+
+
+def _pad(x_BL: jax.Array, count: int) -> jax.Array:
+    """`count` zeros (False) more along dim 1."""
+    return jnp.pad(x_BL, [(0, 0), (0, count), *[(0, 0)] * (x_BL.ndim - 2)])
+
+
+def _padded(references: References, count: int) -> References:
+    """With `count` more tokens of padding."""
+    return jax.tree.map(lambda x: _pad(x, count), references)

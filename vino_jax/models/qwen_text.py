@@ -56,10 +56,10 @@ class TextAttention(nnx.Module):
 
     def __init__(self, config: VLMTextConfig, kernel: str, *, rngs: nnx.Rngs):
         inner, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q = Linear(config.width, inner, ("embed", "heads"), bias=False, rngs=rngs)
-        self.k = Linear(config.width, kv, ("embed", "kv_heads"), bias=False, rngs=rngs)
-        self.v = Linear(config.width, kv, ("embed", "kv_heads"), bias=False, rngs=rngs)
-        self.out = Linear(inner, config.width, ("heads", "embed"), bias=False, rngs=rngs)
+        self.q = Linear(config.width, inner, ("vlm_width", "heads"), bias=False, rngs=rngs)
+        self.k = Linear(config.width, kv, ("vlm_width", "kv_heads"), bias=False, rngs=rngs)
+        self.v = Linear(config.width, kv, ("vlm_width", "kv_heads"), bias=False, rngs=rngs)
+        self.out = Linear(inner, config.width, ("heads", "vlm_width"), bias=False, rngs=rngs)
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_eps, rngs=rngs)
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_eps, rngs=rngs)
         self.head_dim, self.kernel_name = config.head_dim, kernel
@@ -84,23 +84,23 @@ class TextBlock(nnx.Module):
         self.attention_norm = RMSNorm(config.width, eps=config.rms_eps, rngs=rngs)
         self.attention = TextAttention(config, kernel, rngs=rngs)
         self.mlp_norm = RMSNorm(config.width, eps=config.rms_eps, rngs=rngs)
-        self.gate = Linear(config.width, config.mlp, ("embed", "mlp"), bias=False, rngs=rngs)
-        self.up = Linear(config.width, config.mlp, ("embed", "mlp"), bias=False, rngs=rngs)
-        self.down = Linear(config.mlp, config.width, ("mlp", "embed"), bias=False, rngs=rngs)
+        self.gate = Linear(config.width, config.mlp, ("vlm_width", "vlm_mlp"), bias=False, rngs=rngs)
+        self.up = Linear(config.width, config.mlp, ("vlm_width", "vlm_mlp"), bias=False, rngs=rngs)
+        self.down = Linear(config.mlp, config.width, ("vlm_mlp", "vlm_width"), bias=False, rngs=rngs)
 
     def __call__(self, x_BLW: jax.Array, tables: Tables, mask_B1LS: jax.Array, past: KeysValues | None) -> tuple[jax.Array, KeysValues]:
         y_BLW, own = self.attention(self.attention_norm(x_BLW), tables, mask_B1LS, past)
         x_BLW = x_BLW + y_BLW
         y_BLW = self.mlp_norm(x_BLW)
         x_BLW = x_BLW + self.down(jax.nn.silu(self.gate(y_BLW)) * self.up(y_BLW))
-        return constrain(x_BLW, "batch", "context", "width"), own
+        return constrain(x_BLW, "batch", "tokens", "width"), own
 
 
 class TextModel(nnx.Module):
     """Token embedding (tied with the output head), decoder layers, final norm."""
 
     def __init__(self, config: VLMTextConfig, runtime: Runtime, *, rngs: nnx.Rngs):
-        self.embed = Embedding(config.vocab, config.width, ("vocab", "embed"), rngs=rngs)
+        self.embed = Embedding(config.vocab, config.width, ("vocab", "vlm_width"), rngs=rngs)
         self.layers = stacked(lambda r: TextBlock(config, runtime.attention, rngs=r), config.layers, rngs)
         self.norm = RMSNorm(config.width, eps=config.rms_eps, rngs=rngs)
         self.config = config

@@ -53,11 +53,11 @@ class VisionBlock(nnx.Module):
     def __init__(self, config: VLMVisionConfig, kernel: str, *, rngs: nnx.Rngs):
         width = config.width
         self.attention_norm = LayerNorm(width, rngs=rngs)
-        self.qkv = Linear(width, 3 * width, ("embed", "heads"), rngs=rngs)
-        self.out = Linear(width, width, ("heads", "embed"), rngs=rngs)
+        self.qkv = Linear(width, 3 * width, ("vlm_width", "heads"), rngs=rngs)
+        self.out = Linear(width, width, ("heads", "vlm_width"), rngs=rngs)
         self.mlp_norm = LayerNorm(width, rngs=rngs)
-        self.up = Linear(width, config.mlp, ("embed", "mlp"), rngs=rngs)
-        self.down = Linear(config.mlp, width, ("mlp", "embed"), rngs=rngs)
+        self.up = Linear(width, config.mlp, ("vlm_width", "vlm_mlp"), rngs=rngs)
+        self.down = Linear(config.mlp, width, ("vlm_mlp", "vlm_width"), rngs=rngs)
         self.heads, self.kernel_name = config.heads, kernel
 
     def __call__(self, x_BPV: jax.Array, tables: Tables, mask_B1PP: jax.Array) -> jax.Array:
@@ -66,7 +66,7 @@ class VisionBlock(nnx.Module):
         y_BPNH = attend(rotate(q_BPNH, tables), rotate(k_BPNH, tables), v_BPNH, mask=mask_B1PP, kernel=self.kernel_name)
         x_BPV = x_BPV + self.out(y_BPNH.reshape(x_BPV.shape))
         x_BPV = x_BPV + self.down(gelu_tanh(self.up(self.mlp_norm(x_BPV))))
-        return constrain(x_BPV, "batch", "context", "width")
+        return constrain(x_BPV, "batch", "tokens", "width")
 
 
 class Merger(nnx.Module):
@@ -75,8 +75,8 @@ class Merger(nnx.Module):
     def __init__(self, config: VLMVisionConfig, *, norm_merged: bool, rngs: nnx.Rngs):
         merged = config.width * config.merge**2
         self.norm = LayerNorm(merged if norm_merged else config.width, rngs=rngs)
-        self.up = Linear(merged, merged, ("embed", "mlp"), rngs=rngs)
-        self.down = Linear(merged, config.out_width, ("mlp", "embed"), rngs=rngs)
+        self.up = Linear(merged, merged, ("vlm_width", "vlm_mlp"), rngs=rngs)
+        self.down = Linear(merged, config.out_width, ("vlm_mlp", "vlm_width"), rngs=rngs)
         self.merged, self.norm_merged = merged, norm_merged
 
     def __call__(self, x_BPV: jax.Array) -> jax.Array:
@@ -90,8 +90,8 @@ class VisionTower(nnx.Module):
 
     def __init__(self, config: VLMVisionConfig, runtime: Runtime, *, rngs: nnx.Rngs):
         pixels = config.channels * config.temporal_patch * config.patch**2
-        self.patch_embed = Linear(pixels, config.width, (None, "embed"), rngs=rngs)
-        self.positions = Embedding(config.positions, config.width, (None, "embed"), rngs=rngs)
+        self.patch_embed = Linear(pixels, config.width, (None, "vlm_width"), rngs=rngs)
+        self.positions = Embedding(config.positions, config.width, (None, "vlm_width"), rngs=rngs)
         self.layers = stacked(lambda r: VisionBlock(config, runtime.attention, rngs=r), config.layers, rngs)
         self.merger = Merger(config, norm_merged=False, rngs=rngs)
         self.deepstack = stacked(lambda r: Merger(config, norm_merged=True, rngs=r), len(config.deepstack), rngs)
@@ -108,7 +108,7 @@ class VisionTower(nnx.Module):
         index_BP4, weight_BP4 = interpolation(coords_BP4, math.isqrt(config.positions))
         positions_BPV = jnp.einsum("bpcv,bpc->bpv", self.positions(index_BP4, jnp.float32), weight_BP4)
         x_BPV = self.patch_embed(patches_BPX.astype(dtype)) + positions_BPV.astype(dtype)
-        x_BPV = constrain(x_BPV, "batch", "context", "width")
+        x_BPV = constrain(x_BPV, "batch", "tokens", "width")
         tables = rope_2d_tables(coords_BP4[..., 0], coords_BP4[..., 1], config.width // config.heads)
         mask_B1PP = (segment_BP[:, :, None] == segment_BP[:, None, :])[:, None]
 

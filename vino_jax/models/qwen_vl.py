@@ -37,11 +37,11 @@ class QwenVL(nnx.Module):
 
         rows, amount = batch.tokens.shape[0], queries_QW.shape[0]
         x_BQW = jnp.broadcast_to(queries_QW.astype(self.runtime.compute_dtype), (rows, *queries_QW.shape))
-        x_BQW = constrain(x_BQW, "batch", "context", "width")
+        x_BQW = constrain(x_BQW, "batch", "tokens", "width")
         sees_prompt = jnp.broadcast_to(batch.prompt_mask[:, None, None, :], (rows, 1, amount, batch.prompt_mask.shape[1]))
         mask_B1QS = jnp.concatenate([sees_prompt, _causal(jnp.ones((rows, amount), jnp.bool_))], axis=-1)
         queries_BQW, _ = frozen.text.run(
-            x_BQW, query_positions(batch.mrope, batch.prompt_mask, amount), mask_B1QS, count=count, remat=self.runtime.remat, past=past)
+            x_BQW, query_positions(batch.mrope, batch.prompt_mask, amount), mask_B1QS, count=count, remat="dots", past=past)
         return prompt_BLW, queries_BQW
 
     def logits(self, batch: Batch) -> jax.Array:
@@ -54,7 +54,7 @@ class QwenVL(nnx.Module):
 
     def _embed(self, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Embedded prompt (B, L, W) with merged patches at visual tokens; DeepStack features and where they go (None without patches)."""
-        x_BLW = constrain(self.text.embed(batch.tokens, self.runtime.compute_dtype), "batch", "context", "width")
+        x_BLW = constrain(self.text.embed(batch.tokens, self.runtime.compute_dtype), "batch", "tokens", "width")
         if batch.patches.shape[1] == 0:
             return x_BLW, None
         visual_BMW, features_nBMW = self.vision(batch.patches, batch.patch_coords, batch.patch_segment)

@@ -16,7 +16,7 @@ from vino_jax.nn.layers import Linear
 from vino_jax.nn.module import param
 from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import VAEConfig
-from vino_jax.sharding.constrain import constrain
+from vino_jax.sharding.constrain import constrain, weight
 
 _EPS = 1e-6
 _LOGVAR_RANGE = (-30.0, 20.0)  # of the posterior (diffusers' DiagonalGaussianDistribution)
@@ -58,20 +58,21 @@ class CausalConv3d(nnx.Module):
                  axes: tuple[str | None, str | None] = ("conv_in", "conv_out"), rngs: nnx.Rngs):
         self.kernel = param(rngs, (3, 3, 3, inputs, outputs), (None, None, None, *axes), _fan_in)
         self.bias = param(rngs, (outputs,), axes[1:], lambda key, shape, dtype: jnp.zeros(shape, dtype))
-        self.stride = stride
+        self.stride, self.axes = stride, axes
 
     def __call__(self, x_BFHWC: jax.Array) -> jax.Array:
         dtype, space = x_BFHWC.dtype, ((1, 1), (1, 1), (0, 0))
+        stored = weight(self.kernel[...], (None, None, None, *self.axes), self.kernel.dtype)
         if x_BFHWC.shape[1] == 1:
             # One frame and its repetitions in front: all time taps see the same picture, so their sum is one 2D kernel.
             x_BHWC = jnp.pad(x_BFHWC[:, 0], ((0, 0), *space), mode="edge")
-            kernel = jnp.sum(self.kernel[...].astype(jnp.float32), axis=0).astype(dtype)
+            kernel = jnp.sum(stored.astype(jnp.float32), axis=0).astype(dtype)
             y = _conv2d(x_BHWC, kernel, self.stride[1:])[:, None]
         else:
             x_BFHWC = jnp.pad(x_BFHWC, ((0, 0), (2, 0), *space), mode="edge")
             # XLA's 3D convolution on a CPU is 5 times slower than the sum of taps, its gradients up to 30 times; a TPU takes it as it is.
             # platform_dependent chooses at lowering, so that compiling for a TPU on a CPU host gives the TPU's program.
-            y = jax.lax.platform_dependent(x_BFHWC, self.kernel[...].astype(dtype), cpu=lambda x, k: _conv3d_by_taps(x, k, self.stride),
+            y = jax.lax.platform_dependent(x_BFHWC, stored.astype(dtype), cpu=lambda x, k: _conv3d_by_taps(x, k, self.stride),
                                            default=lambda x, k: _conv3d(x, k, self.stride))
         return y + self.bias[...].astype(dtype)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vino_jax.nn.module import param
+from vino_jax.sharding.constrain import weight
 
 
 def _fan_in(key, shape, dtype):
@@ -30,10 +31,15 @@ class Linear(nnx.Module):
                  rngs: nnx.Rngs):
         self.kernel = param(rngs, (inputs, outputs), axes, lambda k, s, d: gain * _fan_in(k, s, d))
         self.bias = param(rngs, (outputs,), axes[1:], _zeros) if bias else None
+        self.axes = axes
+
+    def weights(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+        """W and b as a product takes them (sharding/constrain.py)."""
+        return weight(self.kernel[...], self.axes, dtype), None if self.bias is None else weight(self.bias[...], self.axes[1:], dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        kernel, bias = self.weights(x.dtype)
+        return x @ kernel if bias is None else x @ kernel + bias
 
 
 class RMSNorm(nnx.Module):

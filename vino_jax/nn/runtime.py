@@ -5,26 +5,27 @@ import jax.numpy as jnp
 
 from vino_jax.errors import UserError
 from vino_jax.nn.attention import KERNELS
-from vino_jax.nn.stack import REMAT_POLICIES
+from vino_jax.nn.stack import check_remat
 
-_KNOWN = {"dtype": ("float32", "bfloat16"), "remat": REMAT_POLICIES, "attention": KERNELS}
+_KNOWN = {"dtype": ("float32", "bfloat16"), "attention": KERNELS}
 
 
 @dataclass(frozen=True)
 class Runtime:
     """dtype: of activations and products; norms, softmax, RoPE and losses stay float32.
-    remat: policy name of nn/stack.py ("nothing" saves everything, "full" recomputes each block in the backward pass).
-    attention: kernel name of nn/attention.py. Raises UserError for an unknown name.
+    remat: policy of nn/stack.py ("nothing" saves everything, "full" recomputes each block in the backward pass, "budget:G" saves what G
+    gigabytes a device hold). attention: kernel name of nn/attention.py. Raises UserError for an unknown name.
     """
 
     dtype: str = "float32"
     remat: str = "full"
-    attention: str = "xla"
+    attention: str = "auto"
 
     def __post_init__(self):
         for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
                 raise UserError(f"runtime.{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+        check_remat(self.remat)
 
     @property
     def compute_dtype(self) -> jnp.dtype:

@@ -10,6 +10,8 @@ PARAM_AXES = (
     "kv_heads",  # key-value heads x head width, fused
     "mlp",  # hidden width of an MLP
     "modulation",  # output of a modulation: several model widths side by side
+    "vlm_width",  # the VLM's own widths: they are no multiples of what tiles and many devices ask for
+    "vlm_mlp",
     "vocab",  # rows of a token embedding
     "queries",  # learnable query tokens
     "conv_in",  # input channels of a convolution
@@ -19,8 +21,7 @@ PARAM_AXES = (
 # Dims of activations.
 ACTIVATION_AXES = (
     "batch",  # samples
-    "visual",  # visual tokens: target, references, boundary tokens
-    "context",  # tokens of the VLM branch
+    "tokens",  # of a sequence: visual tokens, the VLM's, or both
     "width",  # model width of activations
     "act_heads",  # attention heads of activations
     "act_mlp",  # hidden width of activations

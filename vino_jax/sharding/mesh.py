@@ -3,6 +3,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from vino_jax.errors import UserError
@@ -39,4 +41,15 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if min(shape) < 1 or math.prod(shape) != len(devices):
         wanted = ",".join(f"{n}={sizes.get(n, 1)}" for n in MESH_AXES)
         raise UserError(f"mesh {wanted} does not fit {len(devices)} devices: its sizes must multiply to that number (one may be -1)")
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    return Mesh(_arranged(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arranged(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices so that neighbours on the mesh are neighbours in the torus; several slices lie along "data", all else inside of one."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, *inner = shape
+    if data % slices:
+        raise UserError(f"mesh axis 'data' of size {data} does not divide over {slices} slices: only it may lie between them")
+    return mesh_utils.create_hybrid_device_mesh((data // slices, *inner), (slices, 1, 1, 1), devices, allow_split_physical_axes=True)

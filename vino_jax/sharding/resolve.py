@@ -12,34 +12,30 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vino_jax.errors import UserError
 from vino_jax.settings import nearest
+from vino_jax.sharding.constrain import mesh_axes, weight_spec
 
 SMALL = 1 << 18  # values: below it a leaf may stay whole
+# Not held to the tile: frozen weights, which have no gradients; XLA gathers them as they are. queries and connectors have little of them.
+UNALIGNED = ("vlm_width", "vlm_mlp", "vocab", "conv_out")
 TPU_TILE = 128  # a sharded weight dim off this multiple makes XLA all-reduce zero-padded full weights (FIELD: tile alignment)
 
 
-def _mesh_axes(entry: Any) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
 def _spec(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh, rules: dict, tpu: bool) -> PartitionSpec:
-    used: set[str] = set()
-    entries = []
-    for size, name in zip(shape, axes, strict=True):
+    """`weight_spec`, and what it must not give."""
+    for name in axes:
         if name is not None and name not in rules:
             raise UserError(f"unknown logical axis {name!r}{nearest(name, rules)}")
-        wanted = tuple(a for a in _mesh_axes(rules[name] if name else None) if mesh.shape[a] > 1 and a not in used)
+    spec, used = weight_spec(shape, axes, mesh, rules), set()
+    for size, name, entry in zip(shape, axes, spec):
+        wanted = [a for a in mesh_axes(entry or rules.get(name)) if mesh.shape[a] > 1 and a not in used]
+        used.update(mesh_axes(entry))
         ways = math.prod(mesh.shape[a] for a in wanted)
         if size % ways and math.prod(shape) >= SMALL:
             raise UserError(f"axis {name!r} of size {size} does not divide over {ways} shards ({','.join(wanted)}); choose other mesh sizes")
-        if ways == 1 or size % ways:
-            entries.append(None)
-            continue
-        if tpu and len(shape) > 1 and (size // ways) % TPU_TILE and size > TPU_TILE:
+        if tpu and entry and name not in UNALIGNED and len(shape) > 1 and (size // ways) % TPU_TILE and size > TPU_TILE:
             raise UserError(f"axis {name!r} of size {size} over {ways} shards gives {size // ways} a shard, no multiple of {TPU_TILE}; "
                             f"choose another size for mesh axes {','.join(wanted)}")
-        used.update(wanted)
-        entries.append(wanted if len(wanted) > 1 else wanted[0])
-    return PartitionSpec(*entries)
+    return spec
 
 
 def shardings(abstract: Any, axes: Any, mesh: Mesh, rules: dict) -> Any:
@@ -53,12 +49,12 @@ def shardings(abstract: Any, axes: Any, mesh: Mesh, rules: dict) -> Any:
 
 def batch_shardings(batch: Any, mesh: Mesh, rules: dict) -> Any:
     """Rows over the mesh axes of "batch", all else whole. Raises UserError when the rows do not divide."""
-    ways = math.prod(mesh.shape[a] for a in _mesh_axes(rules["batch"]))
+    ways = math.prod(mesh.shape[a] for a in mesh_axes(rules["batch"]))
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % ways:
         raise UserError(f"a batch of {rows} rows does not divide over {ways} data shards "
-                        f"({', '.join(f'{a}={mesh.shape[a]}' for a in _mesh_axes(rules['batch']))}); change the bucket's batch or the mesh")
-    return jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(_mesh_axes(rules["batch"]), *[None] * (len(x.shape) - 1))), batch)
+                        f"({', '.join(f'{a}={mesh.shape[a]}' for a in mesh_axes(rules['batch']))}); change the bucket's batch or the mesh")
+    return jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(mesh_axes(rules["batch"]), *[None] * (len(x.shape) - 1))), batch)
 
 
 def describe(abstract: Any, sharding_tree: Any) -> dict[str, float]:

@@ -8,20 +8,24 @@ from vino_jax.settings import nearest
 from vino_jax.sharding.axes import ACTIVATION_AXES, PARAM_AXES
 
 _PARAMS = {
-    "layers": None, "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "modulation": "tensor", "vocab": "tensor",
-    "queries": None, "conv_in": None, "conv_out": "fsdp",
+    "layers": None, "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "modulation": "tensor",
+    "vlm_width": "fsdp", "vlm_mlp": "tensor", "vocab": "tensor", "queries": None, "conv_in": None, "conv_out": "fsdp",
 }
 _ACTIVATIONS = {
-    "batch": ("data", "fsdp"), "visual": "seq", "context": None, "width": None, "act_heads": "tensor", "act_mlp": "tensor", "pixels": None,
+    "batch": ("data", "fsdp"), "tokens": "seq", "width": None, "act_heads": "tensor", "act_mlp": "tensor", "pixels": None,
 }
+
+_WIDE = ("heads", "kv_heads", "mlp", "modulation", "vlm_mlp", "vocab")  # second dims, over which more axes can store
 
 PRESETS: dict[str, dict] = {
     # every parameter on every device: data parallel only
     "replicated": {**dict.fromkeys(_PARAMS), **_ACTIVATIONS},
     # ZeRO-3 over "fsdp", optionally tensor parallel, visual tokens over "seq"
     "fsdp": {**_PARAMS, **_ACTIVATIONS},
-    # the same, weights and moments stored over "fsdp" and "seq" together
-    "fsdp_seq": {**_PARAMS, "embed": ("fsdp", "seq"), "conv_out": ("fsdp", "seq"), **_ACTIVATIONS},
+    # the same, weights and moments stored over "seq" too
+    "fsdp_seq": {**_PARAMS, **dict.fromkeys(_WIDE, ("tensor", "seq")), **_ACTIVATIONS},
+    # and over "data": for one slice, as gathers would go through the network between slices
+    "fsdp_all": {**_PARAMS, **dict.fromkeys(_WIDE, ("tensor", "seq", "data")), **_ACTIVATIONS},
 }
 
 
