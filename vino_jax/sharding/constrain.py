@@ -124,24 +124,40 @@ def weight(stored: jax.Array, axes: Sequence[str | None], dtype: jnp.dtype) -> j
     if active is None or active[0].size == 1:
         return stored.astype(dtype)
     mesh, rules = active
-    spec = weight_spec(stored.shape, axes, mesh, rules)
-    kept = [tuple(a for a in mesh_axes(entry) if a in COMPUTE_AXES) or None for entry in spec]
-    return _gather(stored, jnp.dtype(dtype).name, stored.dtype.name, NamedSharding(mesh, spec), NamedSharding(mesh, PartitionSpec(*kept)))
+    specs = _from_storage(weight_spec(stored.shape, axes, mesh, rules))
+    return _gather(stored, jnp.dtype(dtype).name, stored.dtype.name, tuple(NamedSharding(mesh, spec) for spec in specs))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gather(stored, dtype, stored_dtype, storage, compute):
-    # said twice, so that it is the cast values that travel
-    cast = jax.lax.with_sharding_constraint(stored.astype(dtype), storage)
-    return jax.lax.with_sharding_constraint(cast, compute)
+def _from_storage(spec: PartitionSpec) -> list[PartitionSpec]:
+    """Specs from the stored one to that of a product, one mesh axis less at a time: XLA turns the gathering and scattering of two at once
+    into sums over all devices of whole weights, zero-padded."""
+    entries = [mesh_axes(entry) for entry in spec]
+    specs = [spec]
+    for dim in reversed(range(len(entries))):
+        for axis in reversed(entries[dim]):
+            if axis not in COMPUTE_AXES:
+                entries[dim] = tuple(a for a in entries[dim] if a != axis)
+                specs.append(PartitionSpec(*(entry or None for entry in entries)))
+    return specs
 
 
-def _gather_fwd(stored, dtype, stored_dtype, storage, compute):
-    return _gather(stored, dtype, stored_dtype, storage, compute), None
+def _through(x: jax.Array, shardings: Sequence[NamedSharding]) -> jax.Array:
+    for sharding in shardings:
+        x = jax.lax.with_sharding_constraint(x, sharding)
+    return x
 
 
-def _gather_bwd(dtype, stored_dtype, storage, compute, _, grad):
-    return (jax.lax.with_sharding_constraint(grad, storage).astype(stored_dtype),)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(stored, dtype, stored_dtype, shardings):
+    return _through(stored.astype(dtype), shardings)  # the first says where it is stored, so that it is the cast values that travel
+
+
+def _gather_fwd(stored, dtype, stored_dtype, shardings):
+    return _gather(stored, dtype, stored_dtype, shardings), None
+
+
+def _gather_bwd(dtype, stored_dtype, shardings, _, grad):
+    return (_through(grad, shardings[-2::-1]).astype(stored_dtype),)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
