@@ -66,7 +66,8 @@ while :; do
   tell "exit code $code${reason:+ ($reason)}"
   [[ $reason && -z $stopping ]] || break
   ((start < restarts)) || { ((restarts == 0)) || tell "gave up after $restarts restarts"; break; }
-  sleep "$pause"
+  sleep "$pause" &> /dev/null &
+  wait $! || true  # until SIGTERM
   [[ -z $stopping ]] || break
   start=$((start + 1))
   tell "restart $start of $restarts"

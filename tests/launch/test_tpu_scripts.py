@@ -1,4 +1,5 @@
 """The scripts of launch/tpu: what they would run, how they end on wrong arguments, and the restart loop, really run."""
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -147,7 +149,7 @@ def test_xpk(dry):
 def test_xpk_without_an_image_copies_this_repository(dry):
     words = shlex.split(dry(XPK, TRAINING)[-1])
     assert words[words.index("--script-dir") + 1] == str(TPU.parents[1]) and "--docker-image" not in words
-    assert words[-1].startswith("bash launch/tpu/setup_host.sh && exec bash launch/tpu/train_loop.sh --restarts 0 -- .venv/bin/python -m launch.train ")
+    assert words[-1].startswith("bash launch/tpu/setup_host.sh && exec bash launch/tpu/train_loop.sh --restarts 0 -- .venv/bin/python -m launch")
 
 
 def manifest(lines):
@@ -266,7 +268,8 @@ def test_wrong_arguments_are_one_line(bare, script, arguments, words):
 
 
 def test_create_hands_the_script_to_gcloud_and_its_failure_to_the_caller(bare, tmp_path):
-    executable(Path(bare["PATH"]) / "gcloud", f'echo "$*" > {tmp_path}/said; file=${{!#}}; cp "${{file#startup-script=}}" {tmp_path}/copy; exit 3\n')
+    script = f'echo "$*" > {tmp_path}/said; file=${{!#}}; cp "${{file#startup-script=}}" {tmp_path}/copy; exit 3\n'
+    executable(Path(bare["PATH"]) / "gcloud", script)
     (tmp_path / "temporary").mkdir()
     done = run("pod.sh", *CREATE, "--", *TRAINING, env={**bare, "TMPDIR": str(tmp_path / "temporary")})
     assert done.returncode == 3 and "queued-resources create vino-a" in (tmp_path / "said").read_text()
@@ -283,8 +286,8 @@ def test_set_up_of_a_bare_host(bare, tmp_path):
     call = lambda: subprocess.run(["bash", copy / "setup_host.sh", "--bucket", "runs", "--dry-run"], env=bare, capture_output=True, text=True,  # noqa: E731
                                   check=True, timeout=20).stdout
     told = call()
-    steps = ["install python3.11 python3.11-venv", "python3.11 -m venv .venv", "pip install --quiet --disable-pip-version-check --editable .\\[tpu\\]",
-             "touch .venv/.installed-tpu", "install gcsfuse", "mkdir -p /mnt/runs", "gcsfuse --implicit-dirs -o allow_other runs /mnt/runs"]
+    steps = ["install python3.11 python3.11-venv", "python3.11 -m venv .venv", " --editable .\\[tpu\\]", "touch .venv/.installed-tpu",
+             "install gcsfuse", "mkdir -p /mnt/runs", "gcsfuse --implicit-dirs -o allow_other runs /mnt/runs"]
     places = [told.index(step) for step in steps]
     assert places == sorted(places)
     # what is there stays
@@ -331,21 +334,48 @@ def test_the_log_has_everything_and_says_why(tmp_path):
         "training, then 0\ntrain_loop: exit code 0\n")
 
 
-@pytest.mark.parametrize("log", [(), ("--log", "log")])
-def test_sigterm_reaches_the_command_which_saves_and_is_not_restarted(tmp_path, log):
-    executable(tmp_path / "python", "trap 'sleep 0.5; echo saved; exit 42' TERM\necho up\nwhile :; do sleep 0.05; done\n")
-    process = subprocess.Popen(["bash", TPU / "train_loop.sh", "--pause", "0", *log, "--", "./python"], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def test_the_log_is_whole_when_the_loop_ends(tmp_path):
+    """systemd kills what is left of a service when its first process has ended."""
+    executable(tmp_path / "tee", f'sleep 0.5\nexec {shutil.which("tee")} "$@"\n')
+    done = subprocess.run(["bash", TPU / "train_loop.sh", "--log", tmp_path / "log", "--", "echo", "the last line"], timeout=20, check=False,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert done.returncode == 0
+    assert (tmp_path / "log").read_text() == "the last line\ntrain_loop: exit code 0\n"
+
+
+@pytest.fixture
+def started(tmp_path):
+    """started(python, *flags) -> the loop around a python of this text, under way in a session of its own, which ends with the test."""
+    processes = []
+
+    def start(python, *flags):
+        executable(tmp_path / "python", python)
+        processes.append(subprocess.Popen(["bash", TPU / "train_loop.sh", "--pause", "30", *flags, "--", "./python"], cwd=tmp_path, text=True,
+                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize("to, log", [(os.kill, ()), (os.kill, ("--log", "log")), (os.killpg, ("--log", "log"))])
+def test_sigterm_reaches_the_command_which_saves_and_is_not_restarted(started, to, log):
+    """to: os.kill as systemd and Kubernetes do, os.killpg as a terminal does."""
+    process = started("trap 'sleep 0.5; echo saved; exit 42' TERM\necho up\nwhile :; do sleep 0.05 || true; done\n", *log)
     assert process.stdout.readline() == "up\n"
-    process.send_signal(signal.SIGTERM)
+    to(process.pid, signal.SIGTERM)
     rest, _ = process.communicate(timeout=10)
-    assert rest == "saved\ntrain_loop: exit code 42 (asked to stop, and saved)\n" and process.returncode == 42
+    told = [line for line in rest.splitlines() if "Terminated" not in line]  # bash's word on a `sleep` in the killed group
+    assert told == ["saved", "train_loop: exit code 42 (asked to stop, and saved)"] and process.returncode == 42
 
 
-def test_sigterm_in_the_pause_ends_the_loop(tmp_path):
-    executable(tmp_path / "python", "exit 43\n")
-    process = subprocess.Popen(["bash", TPU / "train_loop.sh", "--pause", "1", "--", "./python"], cwd=tmp_path, text=True, stdout=subprocess.PIPE)
+def test_sigterm_in_the_pause_ends_the_loop(started):
+    process = started("exit 43\n")
     assert process.stdout.readline().startswith("train_loop: exit code 43")
+    time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=10)
     assert rest == "" and process.returncode == 43
