@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from vino_jax.aot.hlo import FLOATS, Array, Instruction, Module, parse, runs
 
@@ -26,9 +27,15 @@ class Collective:
     group: int  # chips
     overlapped: bool
     padded: bool
-    count: float = 0.0
+    count: float = 1.0
     bytes: float = 0.0
     wire: float = 0.0
+
+    SUMS: ClassVar = ("count", "bytes", "wire")
+
+    @property
+    def kind_key(self) -> tuple:
+        return self.kind, self.group, self.overlapped, self.padded
 
 
 @dataclass
@@ -38,8 +45,14 @@ class Kernel:
     name: str
     operands: str
     known: bool
-    count: float = 0.0
+    count: float = 1.0
     flops: float = 0.0
+
+    SUMS: ClassVar = ("count", "flops")
+
+    @property
+    def kind_key(self) -> tuple:
+        return self.name, self.operands, self.known
 
 
 @dataclass
@@ -89,13 +102,12 @@ def program_cost(text: str) -> Cost:
     return cost
 
 
-def _add(table: dict, one: Collective | Kernel, count: float) -> None:
-    """Sum up what differs in floats alone."""
-    key = tuple(value for value in dataclasses.astuple(one) if not isinstance(value, float))
-    total = table.setdefault(key, dataclasses.replace(one, **{f.name: 0.0 for f in dataclasses.fields(one) if f.type in (float, "float")}))
-    for f in dataclasses.fields(one):
-        if f.type in (float, "float"):
-            setattr(total, f.name, getattr(total, f.name) + count * getattr(one, f.name))
+def _add(table: dict[tuple, Any], one: Collective | Kernel, count: float) -> None:
+    """`count` more of its kind."""
+    if one.kind_key not in table:
+        table[one.kind_key] = dataclasses.replace(one, **dict.fromkeys(one.SUMS, 0.0))
+    for name in one.SUMS:
+        setattr(table[one.kind_key], name, getattr(table[one.kind_key], name) + count * getattr(one, name))
 
 
 def matmul_flops(instruction: Instruction, body: Mapping[str, Instruction]) -> float:
