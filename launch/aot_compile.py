@@ -16,6 +16,8 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
+
 from launch import cli
 from launch.config import parse
 from vino_jax.aot import report
@@ -130,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--encode", action="store_true", help="also compile the program that encodes pixels")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a program does not fit")
     flags, values = parse(parser, argv, "topology")
+    jax.config.update("jax_platforms", "cpu")  # nothing runs here: a TPU that is there may be in use
     config = run_config(values)
     programs = chosen(config, flags.stage, flags.bucket)
     compiler = Compiler(config, flags.topology)

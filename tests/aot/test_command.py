@@ -34,6 +34,13 @@ def lacking(lowered, chip):
     return Measured(1.0, Memory(31.25 * GIB, needed=33.2 * GIB), None)
 
 
+@pytest.fixture
+def unfit(monkeypatch):
+    """No program fits, and no step is traced."""
+    monkeypatch.setattr(aot_compile, "measure", lacking)
+    monkeypatch.setattr(aot_compile.StagePlan, "lowered", lambda *arguments: None)
+
+
 def test_a_report_of_a_tiny_model(config, tmp_path, capsys):
     code = aot_compile.main(["--config", config, "--topology", "v5e:2x2", "--stage", "stage1", "--json", str(tmp_path / "out.json"), "--check"])
     told = capsys.readouterr().out
@@ -54,15 +61,13 @@ def test_a_report_of_a_tiny_model(config, tmp_path, capsys):
     assert "all-gather over 4 chips" in told and all(line in told for line in written["assumptions"])
 
 
-def test_what_does_not_fit_is_a_row(config, capsys, monkeypatch):
-    monkeypatch.setattr(aot_compile, "measure", lacking)
+def test_what_does_not_fit_is_a_row(config, unfit, capsys):
     flags = ["--config", config, "--topology", "v5e:2x2", "--stage", "stage1", "--markdown"]
     assert aot_compile.main(flags) == 0 and aot_compile.main([*flags, "--check"]) == 1
     assert "| stage1 | picture | full | 1 | does not fit (33.2 of 31.25 GiB) | - |" in capsys.readouterr().out
 
 
-def test_every_program_of_a_config_and_its_encoders(config, capsys, monkeypatch):
-    monkeypatch.setattr(aot_compile, "measure", lacking)
+def test_every_program_of_a_config_and_its_encoders(config, unfit, capsys):
     aot_compile.main(["--config", config, "--topology", "v5e:2x2", "--encode"])
     lines = [line.split()[:2] for line in capsys.readouterr().out.split("\n")[2:8]]
     assert lines == [["stage1", "picture"], ["stage2", "picture"], ["stage3", "picture"], ["stage3", "edit"], ["encode", "picture"],

@@ -56,6 +56,17 @@ def test_rows_over_four_chips_leave_each_a_quarter_and_stored_weights_are_gather
     assert gather.wire == gather.bytes / 2
 
 
+def test_the_gradient_of_stored_weights_is_scattered_and_its_shard_summed():
+    """XLA writes the first as a fusion that sums whole arrays and keeps a part."""
+    weights, x = struct((WIDTH, WIDTH), jnp.bfloat16, "fsdp"), struct((4 * ROWS, WIDTH), jnp.bfloat16, BOTH)
+    loss = lambda w, x: jnp.sum(jnp.tanh(x @ w).astype(jnp.float32))  # noqa: E731
+    cost = compiled(jax.grad(loss), weights, x, out_shardings=weights.sharding)
+    whole = WIDTH * WIDTH * 2
+    assert {one.kind: (one.group, one.count, one.bytes, one.wire) for one in cost.collectives} == {
+        "all-gather": (2, 1, whole, whole / 2), "reduce-scatter": (2, 1, whole, whole / 2), "all-reduce": (2, 1, whole / 2, whole / 2)}
+    assert cost.matmul == 2 * ONE
+
+
 SIZE = 1024 * 256 * 2  # bytes of a chip's bfloat16 shard
 COLLECTIVES = {  # kind -> (call on a shard over an axis, whole array over the shard, bytes on the wire over the whole)
     "all-gather": (lambda x, axis: jax.lax.all_gather(x, axis, tiled=True), None, lambda n: (n - 1) / n),

@@ -15,7 +15,8 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": GIB << 10}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a chip. Outputs that take the place of donated arguments count as arguments. host: temporaries in the host's memory."""
+    """Bytes of a chip. Outputs that take the place of donated arguments count as arguments. host: what lies in the host's
+    memory."""
 
     limit: float
     arguments: int | None = None
@@ -48,7 +49,7 @@ def measure(lowered: jax.stages.Lowered, chip: Chip) -> Measured:
         return Measured(time.perf_counter() - start, Memory(chip.hbm, needed=needed_bytes(str(error))), None)
     seconds, stats = time.perf_counter() - start, compiled.memory_analysis()
     memory = Memory(chip.hbm, stats.argument_size_in_bytes, stats.temp_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes,
-                    stats.peak_memory_in_bytes, stats.host_temp_size_in_bytes)
+                    stats.peak_memory_in_bytes, stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes)
     return Measured(seconds, memory, program_cost(compiled.as_text()))
 
 
