@@ -20,7 +20,7 @@ from configs.data import bucket
 def get_config():
     stages = common.curriculum((1, 1, 1), (1.0, 1.0, 1.0), ("picture",), ("picture", "edit"))
     buckets = {"picture": bucket(4, 1, 32, 32, 16), "edit": bucket(4, 1, 32, 32, 32, patches=16, images=1)}
-    return common.config(model=models.tiny(), buckets=buckets, stages=stages)
+    return common.config(model=models.tiny(), runtime={"attention": "xla"}, buckets=buckets, stages=stages)
 """
 
 
