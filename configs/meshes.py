@@ -25,8 +25,8 @@ def _mesh(preset: str, data: int, fsdp: int, seq: int = 1) -> dict[str, Any]:
 _WHOLE, _SHARED = {"picture": 1, "clip": 1, "edit": 1, "clip_edit": 1}, {"picture": 8, "clip": 1, "edit": 4, "clip_edit": 1}
 PLACEMENTS = {
     "v5e:16x16": Placement(_mesh("fsdp_seq", 4, 8, 8), _SHARED),
-    "v5p:4x4x4": Placement(_mesh("fsdp", 8, 8), _WHOLE),
-    "v5p:8x8x8": Placement(_mesh("fsdp", 64, 8), _WHOLE),
+    "v5p:4x4x4": Placement(_mesh("fsdp", 8, 8), _WHOLE, "budget:20"),
+    "v5p:8x8x8": Placement(_mesh("fsdp", 64, 8), _WHOLE, "budget:20"),
     "v6e:8x8": Placement(_mesh("fsdp_seq", 1, 8, 8), _SHARED),
     "v6e:16x16": Placement(_mesh("fsdp_seq", 4, 8, 8), _SHARED),
 }
