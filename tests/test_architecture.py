@@ -20,6 +20,7 @@ ARROWS = {
     "vino_jax.checkpoint": {"errors", "settings", "nn"},
     "vino_jax.convert": {"errors", "settings", "nn", "models", "checkpoint"},
     "vino_jax.train": {"errors", "batch", "settings", "sharding", "nn", "flow", "models", "checkpoint"},
+    "vino_jax.aot": {"errors", "batch", "settings"},
     "vino_jax.sampling": {"errors", "batch", "settings", "sharding", "nn", "flow", "models", "checkpoint"},
     "vino_jax.evaluation": {"errors", "batch", "settings", "sharding", "nn", "flow", "models", "checkpoint", "sampling"},
 }

@@ -1,8 +1,12 @@
 """Config files and their command line."""
 import argparse
+import math
 
 import pytest
 
+from configs.data import IMAGE_TOKENS, TEMPLATE_TOKENS
+from configs.meshes import PLACEMENTS
+from data_pipelines.pixels import PixelLimits
 from launch.config import load_config, parse
 from vino_jax.errors import UserError
 from vino_jax.train.config import run_config
@@ -12,7 +16,7 @@ def load(**overrides):
     return run_config(load_config("configs/shapes.py", {k.replace("__", "."): v for k, v in overrides.items()}))
 
 
-@pytest.mark.parametrize("path", ["configs/shapes.py", "configs/shapes_base.py"])
+@pytest.mark.parametrize("path", ["configs/shapes.py", "configs/shapes_base.py", *(f"configs/vino_13b.py:{name}" for name in PLACEMENTS)])
 def test_the_config_files_are_whole(path):
     config = run_config(load_config(path, {}))
     assert config.stages and all(stage.buckets for stage in config.stages.values())
@@ -53,3 +57,22 @@ def test_flags_that_nobody_knows_are_told():
         parse(argparse.ArgumentParser(), ["--config", "configs/shapes.py", "--confg.seed=1"])
     with pytest.raises(UserError, match="config file nowhere.py does not exist"):
         parse(argparse.ArgumentParser(), ["--config", "nowhere.py"])
+
+
+def test_a_config_s_argument():
+    assert load_config("configs/vino_13b.py:v6e:8x8", {}, "v5p:8x8x8")["mesh"]["seq"] == 8
+    assert load_config("configs/vino_13b.py", {}, "v5p:8x8x8")["mesh"]["data"] == 64
+    assert load_config("configs/vino_13b.py", {})["mesh"]["data"] == 8
+    assert load_config("configs/shapes.py", {}, "v5p:8x8x8") == load_config("configs/shapes.py", {})
+    with pytest.raises(UserError, match="configs/shapes.py takes no argument: leave out ':x'"):
+        load_config("configs/shapes.py:x", {})
+    with pytest.raises(UserError, match="no placement for 'v6e:8x9', did you mean 'v6e:8x8'"):
+        load_config("configs/vino_13b.py:v6e:8x9", {})
+
+
+def test_the_13_b_buckets_hold_the_pictures_that_the_vlm_sees():
+    limits = PixelLimits()
+    for bucket in run_config(load_config("configs/vino_13b.py", {})).buckets.values():
+        patches = bucket.images * math.prod(limits.image_grid(bucket.image_height, bucket.image_width)) if bucket.images else 0
+        assert patches == bucket.patches
+        assert bucket.prompt_tokens - patches // 4 - TEMPLATE_TOKENS - IMAGE_TOKENS * bucket.images > 170

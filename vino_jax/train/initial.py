@@ -29,10 +29,15 @@ def resolve_model(directory: str | Path, given: Mapping[str, Any]) -> VinoConfig
     """
     info = model_checkpoint.read_info(directory)
     held = {"mmdit": "mmdit", "vae": "vae", "vlm": "vlm", "queries": "queries", "connector_ratio": "connector"}
-    config = build(VinoConfig, _overlay(dataclasses.asdict(info.config), given), "model.")
+    config = with_model(info.config, given)
     fixed = {field: getattr(config, field) for field, part in held.items() if part in info.parts}
     model_checkpoint.check_config(directory, info, dataclasses.replace(info.config, **fixed))
     return config
+
+
+def with_model(config: VinoConfig, given: Mapping[str, Any]) -> VinoConfig:
+    """The architecture with what a config's `model` table gives. Raises UserError for an unknown key."""
+    return build(VinoConfig, _overlay(dataclasses.asdict(config), given), "model.")
 
 
 def _overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from vino_jax.batch import Batch, BucketSpec
@@ -48,32 +49,53 @@ class StagePlan:
     seed: int
     encode: Callable[[Params, Batch], Batch]  # pixels to moments, see `make_encoder`
 
-    def compiled_steps(self, tx, state: TrainState, frozen: Params, log: Callable[[str], None]) -> dict[str, Any]:
-        """One executable a bucket, compiled before the first step; logs the seconds each took."""
+    def abstract(self, params: Params) -> tuple[optax.GradientTransformation, TrainState, Params]:
+        """The optimizer, and the stage's state and frozen parameters as ShapeDtypeStructs with their shardings.
+
+        params: of all parts, ShapeDtypeStructs; train/initial.py: param_structs.
+        """
+        rates = stages.rates(self.stage, self.vino.abstract)
+        tx = optimizer(self.stage, rates)
+        trainable, frozen = stages.split(params, rates)
+        rng = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(self.seed)))
+        state = jax.eval_shape(lambda p, r: new_state(p, tx, r, ema=self.stage.ema > 0), trainable, rng)
+        placed = jax.tree.map(lambda struct: struct.sharding, trainable)
+        return tx, with_shardings(state, state_shardings(state, placed, tx, self.mesh)), frozen
+
+    def lowered(self, bucket: BucketSpec, tx: optax.GradientTransformation, state: TrainState, frozen: Params) -> jax.stages.Lowered:
+        """The step of a bucket, ready to compile. state, frozen: arrays, or ShapeDtypeStructs with shardings."""
         step = make_train_step(self.vino, self.stage, tx)
-        moments = 2 * self.vino.config.vae.latent_channels
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, frozen))
         placed = jax.tree.map(lambda x: x.sharding, state)
-        rate, programs = jax.ShapeDtypeStruct((), np.float32), {}
+        batch = bucket.spec(2 * self.vino.config.vae.latent_channels)
+        batch = with_shardings(batch, batch_shardings(batch, self.mesh, self.rules))
+        with use_sharding(self.mesh, self.rules):
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+            return jitted.lower(*abstract, batch, jax.ShapeDtypeStruct((), np.float32))
+
+    def compiled_steps(self, tx, state: TrainState, frozen: Params, log: Callable[[str], None]) -> dict[str, Any]:
+        """One executable a bucket, compiled before the first step; logs the seconds each took."""
+        programs = {}
         for bucket in self.buckets:
             start = time.perf_counter()
-            batch = bucket.spec(moments)
-            batch = with_shardings(batch, batch_shardings(batch, self.mesh, self.rules))
-            with use_sharding(self.mesh, self.rules):
-                jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
-                programs[bucket.name] = jitted.lower(*abstract, batch, rate).compile()
+            programs[bucket.name] = self.lowered(bucket, tx, state, frozen).compile()
             log(f"{self.stage.name}: compiled bucket {bucket.name} in {time.perf_counter() - start:.1f} s")
         return programs
 
 
-def make_encoder(vino: Vino, mesh: Mesh, rules: dict) -> Callable[[Params, Batch], Batch]:
-    """encode(vae parameters, batch) -> batch with moments, compiled once a bucket for the whole run."""
-
+def _encoder(vino: Vino, mesh: Mesh, rules: dict) -> jax.stages.Wrapped:
     @jax.jit
     def encode(vae, batch):
         encoded = encode_batch(vino, vae, batch)
         clips = {name: getattr(encoded, name) for name in ("target", "images", "video")}
         return jax.lax.with_sharding_constraint(clips, batch_shardings(clips, mesh, rules))
+
+    return encode
+
+
+def make_encoder(vino: Vino, mesh: Mesh, rules: dict) -> Callable[[Params, Batch], Batch]:
+    """encode(vae parameters, batch) -> batch with moments, compiled once a bucket for the whole run."""
+    encode = _encoder(vino, mesh, rules)
 
     def call(vae, batch):
         with use_sharding(mesh, rules):
@@ -82,26 +104,30 @@ def make_encoder(vino: Vino, mesh: Mesh, rules: dict) -> Callable[[Params, Batch
     return call
 
 
+def lowered_encoder(vino: Vino, vae: Params, bucket: BucketSpec, mesh: Mesh, rules: dict) -> jax.stages.Lowered:
+    """The same for the pixels of a bucket, ready to compile. vae: ShapeDtypeStructs with shardings."""
+    batch = bucket.spec()
+    with use_sharding(mesh, rules):
+        return _encoder(vino, mesh, rules).lower(vae, with_shardings(batch, batch_shardings(batch, mesh, rules)))
+
+
 def start_state(plan: StagePlan, params: Params, checkpoints: RunCheckpoints) -> tuple[TrainState, Params, Any]:
     """The state to go on from (the last complete checkpoint, else `params`), the frozen rest, and the optimizer.
 
     params: where there is a checkpoint, what the stage trains may be absent: it would lie in memory beside what is restored.
     """
-    vino = plan.vino
-    rates = stages.rates(plan.stage, vino.abstract)
-    trainable_shardings, frozen_shardings = stages.split(shardings(vino.abstract, vino.axes, plan.mesh, plan.rules), rates)
-    trainable, frozen = stages.split(params, rates)
+    rates = stages.rates(plan.stage, plan.vino.abstract)
+    placed = shardings(plan.vino.abstract, plan.vino.axes, plan.mesh, plan.rules)
+    tx, abstract, _ = plan.abstract(with_shardings(plan.vino.abstract, placed))
+    (trainable, frozen), (_, frozen_shardings) = stages.split(params, rates), stages.split(placed, rates)
     frozen = jax.device_put(frozen, frozen_shardings)
-    tx = optimizer(plan.stage, rates)
+    if checkpoints.latest() is not None:
+        state, _ = checkpoints.restore(checkpoints.latest(), abstract)
+        return state, frozen, tx
+    placed_state = jax.tree.map(lambda struct: struct.sharding, abstract)
     rng = jax.random.key_data(jax.random.key(plan.seed))
-    make = lambda p: new_state(p, tx, rng, ema=plan.stage.ema > 0)  # noqa: E731
-    abstract = jax.eval_shape(make, stages.split(vino.abstract, rates)[0])
-    placed = state_shardings(abstract, trainable_shardings, tx, plan.mesh)
-    if checkpoints.latest() is None:
-        trainable = jax.device_put(trainable, trainable_shardings)
-        return jax.jit(make, out_shardings=placed, donate_argnums=0)(trainable), frozen, tx
-    state, _ = checkpoints.restore(checkpoints.latest(), with_shardings(abstract, placed))
-    return state, frozen, tx
+    make = jax.jit(lambda p: new_state(p, tx, rng, ema=plan.stage.ema > 0), out_shardings=placed_state, donate_argnums=0)
+    return make(jax.device_put(trainable, placed_state.trainable)), frozen, tx
 
 
 def check_batches(stage: StageConfig, buckets: Iterable[BucketSpec], mesh: Mesh, rules: dict) -> None:

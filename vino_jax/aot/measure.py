@@ -1,0 +1,62 @@
+"""Compile a program for a topology and tell what it takes of a chip, or by how much it does not fit."""
+import re
+import time
+from dataclasses import dataclass
+
+import jax
+
+from vino_jax.aot.chips import GIB, Chip
+from vino_jax.aot.cost import Cost, program_cost
+
+# Both forms of the compiler's message; the second counts temporaries alone.
+_NEEDED = re.compile(r"Used ([\d.]+)([KMGT]?) of |total memory required for HLO temporaries \(([\d.]+)([KMGT]?)\)")
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": GIB << 10}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a chip. Outputs that take the place of donated arguments count as arguments. host: what lies in the host's
+    memory."""
+
+    limit: float
+    arguments: int | None = None
+    temporaries: int | None = None
+    outputs: int | None = None
+    peak: int | None = None
+    host: int | None = None
+    needed: float | None = None  # where it does not fit
+
+
+@dataclass(frozen=True)
+class Measured:
+    seconds: float  # of compilation
+    memory: Memory
+    cost: Cost | None  # None: does not fit
+
+    @property
+    def fits(self) -> bool:
+        return self.cost is not None
+
+
+def measure(lowered: jax.stages.Lowered, chip: Chip) -> Measured:
+    """Compile; a program that lacks memory is a finding, any other error is raised."""
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or "Ran out of memory" not in str(error):
+            raise
+        return Measured(time.perf_counter() - start, Memory(chip.hbm, needed=needed_bytes(str(error))), None)
+    seconds, stats = time.perf_counter() - start, compiled.memory_analysis()
+    memory = Memory(chip.hbm, stats.argument_size_in_bytes, stats.temp_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes,
+                    stats.peak_memory_in_bytes, stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes)
+    return Measured(seconds, memory, program_cost(compiled.as_text()))
+
+
+def needed_bytes(message: str) -> float | None:
+    """How much the compiler says that a program would take."""
+    found = _NEEDED.search(message)
+    if not found:
+        return None
+    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return float(number) * _UNITS[unit]
