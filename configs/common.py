@@ -15,12 +15,14 @@ ALL_TASKS = {"t2i": 0.1, "t2v": 0.1, "i2v": 0.1, "ti2v": 0.15, "ti2i": 0.25, "ti
 
 
 def curriculum(steps: tuple[int, int, int], rates: tuple[float, float, float], plain: tuple[str, ...], mixed: tuple[str, ...],
-               *, ema: float = 0.9999, plain_tasks: dict[str, float] = PLAIN_TASKS, all_tasks: dict[str, float] = ALL_TASKS) -> dict:
+               *, remat: dict[str, str] | None = None, ema: float = 0.9999,
+               plain_tasks: dict[str, float] = PLAIN_TASKS, all_tasks: dict[str, float] = ALL_TASKS) -> dict:
     """The three stages: connector only; long and short prompts with the MMDiT; all tasks mixed.
 
     plain, mixed: names of the buckets of stages 1 and 2, and of stage 3; plain_tasks, all_tasks: theirs, with shares of the rows.
+    remat: policies (nn/stack.py) of some buckets.
     """
-    return {
+    stages = {
         "stage1": {"steps": steps[0], "learning_rate": rates[0], "rules": RULES["stage1"], "tasks": dict(plain_tasks),
                    "texts": {"long": 1.0}, "buckets": plain, "ema": 0.0},
         "stage2": {"steps": steps[1], "learning_rate": rates[1], "rules": RULES["stage2"], "tasks": dict(plain_tasks),
@@ -28,12 +30,14 @@ def curriculum(steps: tuple[int, int, int], rates: tuple[float, float, float], p
         "stage3": {"steps": steps[2], "learning_rate": rates[2], "rules": RULES["stage3"], "tasks": dict(all_tasks),
                    "texts": {"long": 0.25, "short": 0.25, "instruction": 0.5}, "buckets": mixed, "ema": ema},
     }
+    return {name: {**entry, "remat": {bucket: (remat or {})[bucket] for bucket in entry["buckets"] if bucket in (remat or {})}}
+            for name, entry in stages.items()}
 
 
 def stage(**entries) -> dict:
     """A stage with every key of StageConfig, so that each can be overridden from the command line."""
     defaults = {"warmup_steps": 50, "decay_steps": 0, "b1": 0.9, "b2": 0.95, "eps": 1e-15, "weight_decay": 0.0, "clip": 1.0, "ema": 0.0,
-                "accumulate": 1, "text_dropout": 0.1, "image_dropout": 0.1}
+                "accumulate": 1, "text_dropout": 0.1, "image_dropout": 0.1, "remat": {}}
     return {**defaults, **entries}
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Placement:
-    """mesh: sizes of its axes, and the preset. remat: policy of nn/stack.py. rows: of every bucket, a data shard (data x fsdp of them);
+    """mesh: sizes of its axes, and the preset. remat: policies (nn/stack.py) by bucket. rows: of every bucket, a data shard (data x fsdp of them);
     on a mesh without "seq" that is rows a chip."""
 
     mesh: dict[str, Any]
     rows: dict[str, int]
-    remat: str = "full"
+    remat: dict[str, str]
 
     @property
     def data_shards(self) -> int:
@@ -21,12 +21,16 @@ def _mesh(preset: str, data: int, fsdp: int, seq: int = 1) -> dict[str, Any]:
     return {"preset": preset, "data": data, "fsdp": fsdp, "seq": seq, "tensor": 1}
 
 
+def _remat(pictures: str, clips: str) -> dict[str, str]:
+    return {"picture": pictures, "edit": pictures, "clip": clips, "clip_edit": clips}
+
+
 # fsdp is 8 everywhere: shards of the width of 3,072 stay multiples of 128. Where a chip has little memory, 8 of them share a sample.
 _WHOLE, _SHARED = {"picture": 1, "clip": 1, "edit": 1, "clip_edit": 1}, {"picture": 8, "clip": 1, "edit": 4, "clip_edit": 1}
 PLACEMENTS = {
-    "v5e:16x16": Placement(_mesh("fsdp_seq", 4, 8, 8), _SHARED),
-    "v5p:4x4x4": Placement(_mesh("fsdp", 8, 8), _WHOLE, "budget:20"),
-    "v5p:8x8x8": Placement(_mesh("fsdp", 64, 8), _WHOLE, "budget:20"),
-    "v6e:8x8": Placement(_mesh("fsdp_seq", 1, 8, 8), _SHARED),
-    "v6e:16x16": Placement(_mesh("fsdp_seq", 4, 8, 8), _SHARED),
+    "v5e:16x16": Placement(_mesh("fsdp_seq", 4, 8, 8), _SHARED, _remat(pictures="save_branches", clips="save_branches")),
+    "v5p:4x4x4": Placement(_mesh("fsdp_all", 8, 8), _WHOLE, _remat(pictures="save_products", clips="budget:50")),
+    "v5p:8x8x8": Placement(_mesh("fsdp", 64, 8), _WHOLE, _remat(pictures="save_products", clips="budget:35")),
+    "v6e:8x8": Placement(_mesh("fsdp_seq", 1, 8, 8), _SHARED, _remat(pictures="save_products", clips="save_products")),
+    "v6e:16x16": Placement(_mesh("fsdp_seq", 4, 8, 8), _SHARED, _remat(pictures="save_products", clips="save_products")),
 }

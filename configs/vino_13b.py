@@ -41,10 +41,11 @@ def get_config(topology: str = "v5p:4x4x4"):
     place = PLACEMENTS[topology]
     return common.config(
         model=models.vino_13b(),
-        runtime={"dtype": "bfloat16", "remat": place.remat},
+        runtime={"dtype": "bfloat16"},
         mesh=place.mesh,
         data={"source": "media", "workers": 8},
         buckets=buckets({name: rows * place.data_shards for name, rows in place.rows.items()}),
-        stages=common.curriculum((15000, 5000, 15000), (1e-4, 2e-5, 2e-5), ("picture", "clip"), ("picture", "edit", "clip_edit")),
+        stages=common.curriculum((15000, 5000, 15000), (1e-4, 2e-5, 2e-5), ("picture", "clip"), ("picture", "edit", "clip_edit"),
+                                 remat=place.remat),
         log={"every": 10, "checkpoint_every": 500, "preview_every": 1000, "preview_sampling_steps": 50, "preview_guidance": 5.0},
     )

@@ -58,12 +58,13 @@ class Compiler:
         self.config, self.chip = config, chip_of(topology)
         self.mesh, self.rules = make_mesh(config.mesh.sizes, topology_devices(topology)), preset(config.mesh.preset)
         self.architecture = architecture(config)
-        self._vino = functools.cache(lambda remat: Vino(self.architecture, dataclasses.replace(config.runtime, remat=remat)))
+        self.vino = Vino(self.architecture, config.runtime)
 
-    def step(self, stage: StageConfig, bucket: BucketSpec, remat: str) -> report.Row:
-        """The row of a training step."""
+    def step(self, stage: StageConfig, bucket: BucketSpec, remat: str | None = None) -> report.Row:
+        """The row of a training step; remat: in the place of the config's policy."""
         check_batches(stage, [bucket], self.mesh, self.rules)
-        vino = self._vino(remat)
+        vino, remat = self.vino, remat or stage.remat.get(bucket.name, self.config.runtime.remat)
+        stage = dataclasses.replace(stage, remat={bucket.name: remat})
         plan = StagePlan(vino, stage, (bucket,), self.mesh, self.rules, self.config.seed, make_encoder(vino, self.mesh, self.rules))
         structs = param_structs(vino, list(self.config.stages.values()), self.mesh, self.rules)
         measured = measure(plan.lowered(bucket, *plan.abstract(structs)), self.chip)
@@ -72,7 +73,7 @@ class Compiler:
 
     def encode(self, bucket: BucketSpec) -> report.Row:
         """The row of the program that encodes the bucket's pixels."""
-        vino = self._vino(self.config.runtime.remat)
+        vino = self.vino
         structs = param_structs(vino, list(self.config.stages.values()), self.mesh, self.rules)
         measured = measure(lowered_encoder(vino, structs["vae"], bucket, self.mesh, self.rules), self.chip)
         return self._row(measured, "encode", bucket, "-", None)
@@ -105,14 +106,14 @@ def chosen(config: RunConfig, stage: str | None, bucket: str | None) -> list[tup
     return found
 
 
-def compile_all(compiler: Compiler, programs: Sequence[tuple[StageConfig, BucketSpec]], *, remat: str, suggesting: bool, encode: bool,
+def compile_all(compiler: Compiler, programs: Sequence[tuple[StageConfig, BucketSpec]], *, suggesting: bool, encode: bool,
                 say: Callable[[str], None]) -> Iterator[report.Row]:
     """A row for each program, told as soon as it is there: large ones take minutes."""
     for stage, bucket in programs:
         if suggesting:
             yield suggest(functools.partial(compiler.step, stage, bucket), say)
         else:
-            row = compiler.step(stage, bucket, remat)
+            row = compiler.step(stage, bucket)
             say(f"{stage.name}, {bucket.name}: {report.fit(row)}, compiled in {row['compile_seconds']:.0f} s")
             yield row
     for bucket in {bucket.name: bucket for _, bucket in programs}.values() if encode else ():
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     config = run_config(values)
     programs = chosen(config, flags.stage, flags.bucket)
     compiler = Compiler(config, flags.topology)
-    rows = list(compile_all(compiler, programs, remat=config.runtime.remat, suggesting=flags.suggest, encode=flags.encode,
+    rows = list(compile_all(compiler, programs, suggesting=flags.suggest, encode=flags.encode,
                             say=lambda line: print(line, file=sys.stderr, flush=True)))
     mesh = {axis: size for axis, size in compiler.mesh.shape.items() if size > 1}
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())

@@ -55,7 +55,7 @@ def test_full_size_and_axes(full):
     leaves, axes = flatten(full.abstract), flatten(full.axes)
     for path, names in axes.items():
         assert len(names) == leaves[path].ndim and set(names) <= {None, *PARAM_AXES}, path
-    assert axes["text/layers/attention/k/kernel"] == ("layers", "embed", "kv_heads")
+    assert axes["text/layers/attention/k/kernel"] == ("layers", "vlm_width", "kv_heads")
 
 
 @pytest.mark.skipif(not MANIFESTS.exists(), reason="needs ../shared/golden/manifests.json, which lies beside the repository")

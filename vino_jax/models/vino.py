@@ -3,7 +3,7 @@
 Dims: B rows, L prompt tokens, Q queries, C context width, D MMDiT width, R reference tokens, K pool tokens, P values a latent
 token (channels x patch), F H W latent or pixel frames, height, width.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,10 @@ class Vino:
             "vlm": Definition(lambda r: QwenVL(config.vlm, runtime, rngs=r)),
             "vae": Definition(lambda r: VAE(config.vae, runtime, rngs=r)),
         }
+
+    def with_remat(self, policy: str) -> "Vino":
+        """The same model, whose MMDiT recomputes by another policy (nn/stack.py) in the backward pass."""
+        return self if policy == self.runtime.remat else Vino(self.config, replace(self.runtime, remat=policy), self._tiling)
 
     @property
     def abstract(self) -> Params:

@@ -25,7 +25,7 @@ class Runtime:
         for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
                 raise UserError(f"runtime.{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
-        check_remat(self.remat)
+        check_remat("runtime.remat", self.remat)
 
     @property
     def compute_dtype(self) -> jnp.dtype:

@@ -30,10 +30,10 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 }
 
 
-def check_remat(name: str) -> None:
-    """Raises UserError for a remat policy that is neither in REMAT_POLICIES nor a budget."""
+def check_remat(key: str, name: str) -> None:
+    """Raises UserError, naming the config key, for a remat policy that is neither in REMAT_POLICIES nor a budget."""
     if name not in REMAT_POLICIES and not (name.startswith(BUDGET) and name[len(BUDGET):].replace(".", "", 1).isdigit()):
-        raise UserError(f"remat policy {name!r} is unknown; choose one of {', '.join(REMAT_POLICIES)} or {BUDGET}GIGABYTES")
+        raise UserError(f"{key} {name!r} is unknown; choose one of {', '.join(REMAT_POLICIES)} or {BUDGET}GIGABYTES")
 
 
 def stacked(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:

@@ -64,7 +64,8 @@ class StagePlan:
 
     def lowered(self, bucket: BucketSpec, tx: optax.GradientTransformation, state: TrainState, frozen: Params) -> jax.stages.Lowered:
         """The step of a bucket, ready to compile. state, frozen: arrays, or ShapeDtypeStructs with shardings."""
-        step = make_train_step(self.vino, self.stage, tx)
+        vino = self.vino.with_remat(self.stage.remat.get(bucket.name, self.vino.runtime.remat))
+        step = make_train_step(vino, self.stage, tx)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, frozen))
         placed = jax.tree.map(lambda x: x.sharding, state)
         batch = bucket.spec(2 * self.vino.config.vae.latent_channels)

@@ -1,10 +1,11 @@
 """A stage is a table: what trains and at what rate, on which data, for how long. No code asks which stage it is."""
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vino_jax.errors import UserError
 from vino_jax.nn.module import Params, by_path
+from vino_jax.nn.stack import check_remat
 
 # Fields of a stage, whether they hold what they may, and what that is.
 _VALUES = (
@@ -24,7 +25,7 @@ class StageConfig:
       rate multiplies the learning rate, 0 freezes. Every parameter must match a rule and every rule must match a parameter.
     tasks, texts: weights by task and by kind of caption. text_dropout: share of rows whose text is empty;
       image_dropout: share whose text is empty and whose reference images are gone.
-    buckets: names from the config's table of buckets. ema: decay, 0 for none. accumulate: microbatches a step.
+    buckets: names from the config's table of buckets. remat: policy (nn/stack.py) of some of them, by default the runtime's. ema: decay, 0 for none. accumulate: microbatches a step.
     Raises UserError that names every value that it may not have.
     """
 
@@ -46,6 +47,7 @@ class StageConfig:
     accumulate: int = 1
     text_dropout: float = 0.1
     image_dropout: float = 0.1
+    remat: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         wrong = [f"{name} is {getattr(self, name)}; it must be {words}"
@@ -55,6 +57,9 @@ class StageConfig:
         if self.text_dropout + self.image_dropout > 1:
             wrong.append(f"text_dropout {self.text_dropout} and image_dropout {self.image_dropout} are more than 1 together")
         wrong += [problem for pattern, rate in self.rules if (problem := _rule_problem(pattern, rate))]
+        wrong += [f"remat names bucket {name!r}, which it does not draw" for name in self.remat if name not in self.buckets]
+        for name, policy in self.remat.items():
+            check_remat(f"stage {self.name!r}: remat of bucket {name!r},", policy)
         if wrong:
             raise UserError(f"stage {self.name!r}: {'; '.join(wrong)}")
 
