@@ -19,6 +19,7 @@ from vino_jax.models.context import References, patchify, select_references, tar
 from vino_jax.models.mmdit import MMDiT
 from vino_jax.nn.module import Definition
 from vino_jax.nn.runtime import Runtime
+from vino_jax.nn.stack import REMAT_POLICIES
 from vino_jax.settings import MMDiTConfig
 
 MANIFESTS = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "manifests.json"
@@ -119,7 +120,7 @@ def test_remat_changes_nothing(params):
         return compiled(jax.value_and_grad(loss))(params)
 
     value, gradients = value_and_gradient("nothing")
-    for remat in ("full", "dots"):
+    for remat in (*REMAT_POLICIES, "budget:0.0002"):
         other, other_gradients = value_and_gradient(remat)
         np.testing.assert_allclose(other, value, rtol=1e-6)
         for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(other_gradients)):

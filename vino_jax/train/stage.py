@@ -25,7 +25,8 @@ class StageConfig:
       rate multiplies the learning rate, 0 freezes. Every parameter must match a rule and every rule must match a parameter.
     tasks, texts: weights by task and by kind of caption. text_dropout: share of rows whose text is empty;
       image_dropout: share whose text is empty and whose reference images are gone.
-    buckets: names from the config's table of buckets. remat: policy (nn/stack.py) of some of them, by default the runtime's. ema: decay, 0 for none. accumulate: microbatches a step.
+    buckets: names from the config's table of buckets. remat: policies (nn/stack.py) of some of them, by default the runtime's.
+    ema: decay, 0 for none. accumulate: microbatches a step.
     Raises UserError that names every value that it may not have.
     """
 
