@@ -31,7 +31,7 @@ def write_pictures(folder):
 
 def loader(folder, start, stop, index, count):
     source, mixture = MediaSource(folder / "m.jsonl", folder, BUCKETS), Mixture({"t2i": 1.0}, {"long": .5, "short": .5})
-    return Loader(source, mixture, BUCKETS, Prompter(SMALL_VLM), 4, start, stop, index, count)
+    return Loader(source, mixture, BUCKETS, Prompter(SMALL_VLM), 4, start, stop, (index,), count)
 
 
 def names(batch):
