@@ -57,7 +57,7 @@ class Stop:
             try:
                 store.blocking_key_value_get(f"{key}/asked", _POLL_MS)
             except jax.errors.JaxRuntimeError:  # nobody was asked
-                self._closed.wait(_POLL_MS / 1000)
+                self._closed.wait(0.05)
                 continue
             with self._deciding:
                 store.key_value_set(f"{key}/count/{jax.process_index()}", str(self._count))
