@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ THREADS_A_DEVICE = 4  # of XLA's pool: a step of the small model takes 7 % longe
 PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 JOIN_SECONDS = 1800  # JAX's 300 are too few where machines of a pod start minutes apart
 LEAVE_SECONDS = 60  # for the others to end too: all end within moments of each other, or one has failed
+FAIL_SECONDS = 10  # the same, for one that has failed
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,4 +111,16 @@ def run(main: Callable[[], int | None]) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    if code:
+        keep_code(code)
     sys.exit(code)
+
+
+def keep_code(code: int) -> None:
+    """Let this process exit with `code` even where it alone has failed: JAX waits at the exit for the other processes, which may hang in a
+    collective without this one, and in the end aborts."""
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
+        leaving = threading.Timer(FAIL_SECONDS, os._exit, (code,))
+        leaving.daemon = True
+        leaving.start()

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from launch import convert
 from tests import tolerances
 from tests.data.folders import ROOT, SMALL_VLM
 from tests.train import tiny
@@ -40,11 +41,12 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A config file and the model checkpoint that it starts from."""
+    """A config file, the model checkpoint that it starts from, and the PyTorch parts of that."""
     folder = tmp_path_factory.mktemp("files")
     vino = tiny.vino()
     model_checkpoint.save(folder / "init", tiny.params(vino), vino.config, processor_files=sorted(SMALL_VLM.iterdir()))
     (folder / "config.py").write_text(CONFIG.format(init=str(folder / "init"), steps=STEPS))
+    convert.export_parts(folder / "init", folder / "parts", "diffusers")
     return folder
 
 
@@ -58,7 +60,7 @@ def start(files, workdir, count, *flags):
     running = []
     for index in range(count):
         xla = f"--xla_force_host_platform_device_count={DEVICES // count} --xla_backend_optimization_level=0"
-        environment = {**os.environ, "XLA_FLAGS": xla, "PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+        environment = {**os.environ, "XLA_FLAGS": xla, "PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         if count > 1:
             environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
         running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
@@ -98,9 +100,11 @@ def one(files, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(files, tmp_path_factory):
-    """A run of two processes, never stopped, with previews."""
+    """A run of two processes, never stopped, that imports its parts, with previews."""
     workdir = tmp_path_factory.mktemp("two")
-    codes, said = ended(start(files, workdir, 2, "--config.log.preview_every=100"))
+    parts = {"vino": "vino", "mmdit": "transformer", "vae": "vae", "vlm": "vlm"}
+    flags = [f"--config.init.{name}={files / 'parts' / folder}" for name, folder in parts.items()]
+    codes, said = ended(start(files, workdir, 2, "--config.log.preview_every=100", "--config.init.checkpoint=", *flags))
     assert codes == [0, 0], said
     return workdir
 
@@ -125,7 +129,7 @@ def test_two_processes_write_one_workdir(two, one):
     def held(folder):
         return {path.relative_to(folder).as_posix() for path in folder.iterdir()}
 
-    assert held(two) == held(one) | {"previews"}
+    assert held(two) == held(one) | {"previews", "init"}
     assert sorted(path.name for path in (two / "previews").iterdir()) == ["stage1_000000", f"stage1_{STEPS:06d}"]
     info = model_checkpoint.read_info(two / "model")
     assert info.trained == {"stage1": STEPS} and info.parts.keys() == tiny.vino().parts.keys()
