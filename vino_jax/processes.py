@@ -9,7 +9,7 @@ from jax._src import distributed  # the store of keys that all processes share h
 
 from vino_jax.errors import UserError
 
-_WAIT_MS = 6 * 3600 * 1000  # for what the first process does: an import of large parts from a slow disk takes an hour
+WAIT_MS = 6 * 3600 * 1000  # for what the first process does: an import of large parts from a slow disk takes an hour
 _calls = itertools.count()
 
 
@@ -19,7 +19,8 @@ def is_first() -> bool:
 
 
 def store() -> Any:
-    """The client of the store of keys that all processes share: key_value_set(key, text), blocking_key_value_get(key, milliseconds)."""
+    """The client of the store of keys that all processes share: key_value_set(key, text), blocking_key_value_get(key, milliseconds),
+    wait_at_barrier(key, milliseconds)."""
     return distributed.global_state.client
 
 
@@ -41,7 +42,7 @@ def of_first(make: Callable[[], Any]) -> Any:
         finally:
             store().key_value_set(key, json.dumps(told))
     else:
-        told = json.loads(store().blocking_key_value_get(key, _WAIT_MS))
+        told = json.loads(store().blocking_key_value_get(key, WAIT_MS))
     if "error" in told:
         raise UserError(told["error"])
     return told["value"]

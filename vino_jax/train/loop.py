@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vino_jax.batch import Batch, BucketSpec
 from vino_jax.checkpoint.run import RunCheckpoints
@@ -49,12 +49,13 @@ class StagePlan:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, frozen))
         placed = jax.tree.map(lambda x: x.sharding, state)
         rate, programs = jax.ShapeDtypeStruct((), np.float32), {}
+        read = NamedSharding(self.mesh, PartitionSpec())  # metrics lie whole on every device, so that every process can read them
         for bucket in self.buckets:
             start = time.perf_counter()
             batch = bucket.spec(moments)
             batch = with_shardings(batch, batch_shardings(batch, self.mesh, self.rules))
             with use_sharding(self.mesh, self.rules):
-                jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+                jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, read))
                 programs[bucket.name] = jitted.lower(*abstract, batch, rate).compile()
             log(f"{self.stage.name}: compiled bucket {bucket.name} in {time.perf_counter() - start:.1f} s")
         return programs

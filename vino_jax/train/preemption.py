@@ -12,7 +12,6 @@ from vino_jax import processes
 
 EXIT_PREEMPTED = 42  # job sets restart on it
 _POLL_MS = 500
-_ANSWER_MS = 60_000
 
 
 class Preempted(SystemExit):
@@ -26,13 +25,14 @@ class Stop:
     """Whether to stop now: asked once after every step, with the same answer on all processes. Restores the former handler afterwards.
 
     No step waits for other processes. Where one was asked to stop, all tell how many steps they have begun, held at their next question
-    for as long as that takes, and stop after the first step that none has begun. stage: its name, of which a run has one.
+    for as long as that takes, and stop after the first step that none has begun, unless the stage ends before. stage: its name.
     """
 
     def __init__(self, stage: str):
-        self._stage, self._asked, self._count, self._last = stage, False, 0, None
+        self._key, self._asked, self._count, self._last = f"vino_jax/stop/{stage}", False, 0, None
+        self._index, self._processes, self._store = jax.process_index(), jax.process_count(), processes.store()
         self._deciding, self._closed = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._agree, name="stop", daemon=True) if jax.process_count() > 1 else None
+        self._thread = threading.Thread(target=self._agree, name="stop", daemon=True) if self._processes > 1 else None
 
     def __enter__(self) -> "Stop":
         self._former = signal.signal(signal.SIGTERM, self._ask)
@@ -50,25 +50,29 @@ class Stop:
             return self._count == self._last if self._thread else self._asked
 
     def _agree(self) -> None:
-        key, store = f"vino_jax/stop/{self._stage}", processes.store()
         while not self._closed.is_set():
             if self._asked:
-                store.key_value_set(f"{key}/asked", "", allow_overwrite=True)
+                self._store.key_value_set(f"{self._key}/asked", "", allow_overwrite=True)
             try:
-                store.blocking_key_value_get(f"{key}/asked", _POLL_MS)
+                self._store.blocking_key_value_get(f"{self._key}/asked", _POLL_MS)
             except jax.errors.JaxRuntimeError:  # nobody was asked
                 self._closed.wait(0.05)
                 continue
             with self._deciding:
-                store.key_value_set(f"{key}/count/{jax.process_index()}", str(self._count))
-                if processes.is_first():
-                    counts = [int(store.blocking_key_value_get(f"{key}/count/{i}", _ANSWER_MS)) for i in range(jax.process_count())]
-                    store.key_value_set(f"{key}/last", str(max(counts) + 1))
-                self._last = int(store.blocking_key_value_get(f"{key}/last", _ANSWER_MS))
+                self._store.key_value_set(f"{self._key}/count/{self._index}", str(self._count))
+                if self._index == 0:
+                    counts = [self._answer(f"count/{i}") for i in range(self._processes)]
+                    self._store.key_value_set(f"{self._key}/last", str(max(counts) + 1))
+                self._last = self._answer("last")
             return
 
-    def __exit__(self, *_: object) -> None:
+    def _answer(self, name: str) -> int:
+        return int(self._store.blocking_key_value_get(f"{self._key}/{name}", processes.WAIT_MS))
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
         signal.signal(signal.SIGTERM, self._former)
-        self._closed.set()
         if self._thread:
-            self._thread.join()
+            if kind is None:  # one that is held at its last step waits for the answers of all
+                self._store.wait_at_barrier(f"{self._key}/left", processes.WAIT_MS)
+            self._closed.set()
+            self._thread.join(10 * _POLL_MS / 1000)
