@@ -55,7 +55,7 @@ def config(**entries) -> ml_collections.ConfigDict:
         "buckets": {},
         "stages": {},
         "log": {"every": 10, "checkpoint_every": 100, "keep": 2, "preview_every": 0, "preview_count": 4, "preview_sampling_steps": 20,
-                "preview_guidance": 3.0},
+                "preview_guidance": 3.0, "hang_minutes": 0.0, "compile_cache": ""},
         "sampling": {},
     }
     for name, value in entries.items():

@@ -29,15 +29,15 @@ class Packer:
     source: Any
     schedule: Schedule
     prompter: Prompter
-    process_index: int
-    process_count: int
+    shards: tuple[int, ...]
+    shard_count: int
     shift: tuple[float, float]
 
     def batch(self, step: int) -> tuple[int, str, Batch]:
         _first_batch()
         plan = self.schedule.plan(int(step))
-        size = plan.bucket.batch // self.process_count
-        rows = plan.rows[self.process_index * size:(self.process_index + 1) * size]
+        size = plan.bucket.batch // self.shard_count
+        rows = [row for shard in self.shards for row in plan.rows[shard * size:(shard + 1) * size]]
         return plan.step, plan.bucket.name, collate([self._pack(row, plan.bucket) for row in rows])
 
     def _pack(self, row: Row, bucket: BucketSpec) -> dict[str, np.ndarray]:
@@ -49,8 +49,8 @@ class Packer:
 class Loader:
     """Iterates over (step, bucket name, Batch) from `start_step` up to, not including, `stop_step` (None: endless).
 
-    Every process computes the same plan and packs its own rows: a `process_count`-th of the bucket's rows, in order, so that
-    the processes' batches concatenate to the batch of one process. Resuming is starting at the next step: no other state.
+    Every process computes the same plan and packs the rows that its devices hold (vino_jax.sharding.resolve.data_shards): of the
+    `shard_count` equal parts of a bucket's rows those of `shards`. Resuming is starting at the next step: no other state.
 
     Args:
       source: data_pipelines.sources.Source. mixture, buckets, seed: see Schedule.
@@ -58,18 +58,18 @@ class Loader:
       threads: batches packed at a time, in each of `workers` processes, or in this one where there are none.
       prefetch: batches kept ready. shift: of the flow time, for pictures and clips.
     Attributes: `waited`, the seconds that next() has taken so far; `schedule`.
-    Raises UserError where the rows do not divide by the processes, or a task has no bucket.
+    Raises UserError where the rows do not divide by the shards, or a task has no bucket.
     """
 
     def __init__(self, source, mixture: Mixture, buckets: Sequence[BucketSpec], prompter, seed: int, start_step: int = 0,
-                 stop_step: int | None = None, process_index: int = 0, process_count: int = 1, threads: int = 1, workers: int = 0,
+                 stop_step: int | None = None, shards: Sequence[int] = (0,), shard_count: int = 1, threads: int = 1, workers: int = 0,
                  prefetch: int = 8, shift: tuple[float, float] = SHIFT):
         for bucket in buckets:
-            if bucket.batch % process_count:
-                raise UserError(f"bucket {bucket.name!r} has {bucket.batch} rows, which do not divide by {process_count} processes")
+            if bucket.batch % shard_count:
+                raise UserError(f"bucket {bucket.name!r} has {bucket.batch} rows, which do not divide by {shard_count} data shards")
         self.schedule = Schedule(seed, mixture, buckets, source)
         self.waited = 0.0
-        packer = Packer(source, self.schedule, prompter, process_index, process_count, shift)
+        packer = Packer(source, self.schedule, prompter, tuple(shards), shard_count, shift)
         steps = grain.MapDataset.range(start_step, ENDLESS if stop_step is None else stop_step)
         ahead = max(-(-prefetch // max(workers, 1)), threads)  # a process
         batches = steps.map(packer.batch).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))

@@ -5,12 +5,18 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, MutableMapping
+import threading
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
 from vino_jax.errors import UserError
 
 THREADS_A_DEVICE = 4  # of XLA's pool: a step of the small model takes 7 % longer than with 1, with 16 it would take 20 %
+
+PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+JOIN_SECONDS = 1800  # JAX's 300 are too few where machines of a pod start minutes apart
+LEAVE_SECONDS = 60  # for the others to end too: all end within moments of each other, or one has failed
+FAIL_SECONDS = 10  # the same, for one that has failed
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,13 +51,38 @@ def make_output(folder: Path) -> None:
 
 
 def common_setup() -> None:
-    """Settings that hold for every command; call it first in main(). It imports no JAX and starts no accelerator.
-
-    Every command runs as one process: none calls `jax.distributed.initialize()` yet.
-    """
+    """Settings that hold for every command; call it first in main(). It imports no JAX and starts no accelerator."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ notes would drown the one line that matters
     roomy_thread_pool(os.environ)
     logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every array it writes at INFO
+
+
+def join_processes(environment: Mapping[str, str] = os.environ) -> None:
+    """Make this process one of several that run the same command, where the environment says so; call it before the first use of a device.
+
+    VINO_DISTRIBUTED=1: one of a pod, whose machines JAX finds by itself. JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0),
+    JAX_NUM_PROCESSES=N and JAX_PROCESS_ID=0..N-1: one of those, on any machines. Neither: a process of its own.
+    Raises UserError for one of the three without the others, or values that are none.
+    """
+    named = {name: environment[name] for name in PROCESS_VARIABLES if environment.get(name)}
+    pod = environment.get("VINO_DISTRIBUTED", "0") not in ("", "0")
+    if not named and not pod:
+        return
+    if len(named) < len(PROCESS_VARIABLES) and not pod:
+        missing = [name for name in PROCESS_VARIABLES if name not in named]
+        raise UserError(f"{', '.join(named)} is set, but not {', '.join(missing)}: one of several processes needs all three; "
+                        "on a pod set VINO_DISTRIBUTED=1 instead")
+    import jax
+
+    where = {}
+    if len(named) == len(PROCESS_VARIABLES):
+        address, count, index = named.values()
+        if not (count.isdigit() and index.isdigit() and int(index) < int(count) and re.fullmatch(r".+:\d+", address)):
+            raise UserError(f"JAX_COORDINATOR_ADDRESS={address} JAX_NUM_PROCESSES={count} JAX_PROCESS_ID={index}: they must be HOST:PORT, "
+                            "a number, and a number below it")
+        where = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
+    jax.config.update("jax_enable_preemption_service", False)  # train/preemption.py says why
+    jax.distributed.initialize(**where, initialization_timeout=JOIN_SECONDS, shutdown_timeout_seconds=LEAVE_SECONDS)
 
 
 def roomy_thread_pool(environment: MutableMapping[str, str]) -> None:
@@ -80,4 +111,16 @@ def run(main: Callable[[], int | None]) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    if code:
+        keep_code(code)
     sys.exit(code)
+
+
+def keep_code(code: int) -> None:
+    """Let this process exit with `code` even where it alone has failed: JAX waits at the exit for the other processes, which may hang in a
+    collective without this one, and in the end aborts."""
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
+        leaving = threading.Timer(FAIL_SECONDS, os._exit, (code,))
+        leaving.daemon = True
+        leaving.start()

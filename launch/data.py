@@ -3,7 +3,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from data_pipelines.prompts import Prompter
 from data_pipelines.shapes import held_out
 from data_pipelines.sources import ShapesSource, Source
 from launch.previews import preview_tasks
+from vino_jax import processes
 from vino_jax.batch import BucketSpec, PackedTask
 from vino_jax.checkpoint import model as model_checkpoint
 from vino_jax.checkpoint.atomic import write_text
@@ -66,8 +67,10 @@ def check_ends(config: RunConfig) -> None:
 
 
 def problems_file(config: RunConfig, workdir: pathlib.Path) -> pathlib.Path | None:
-    """Where items that are wrong are listed; None where they end the run."""
-    return workdir / "skipped.jsonl" if config.data.bad_items == "skip" else None
+    """Where this process lists items that are wrong; None where they end the run. Each process has a file of its own: some network disks
+    know no locks between machines."""
+    name = "skipped.jsonl" if processes.is_first() else f"skipped.{jax.process_index()}.jsonl"
+    return workdir / name if config.data.bad_items == "skip" else None
 
 
 def vae_identity(config: RunConfig, directory: pathlib.Path) -> str:
@@ -127,10 +130,10 @@ class StageData:
     def shift(self) -> tuple[float, float]:
         return self.config.data.shift_image, self.config.data.shift_video
 
-    def loader(self, start: int) -> Loader:
-        """Batches from step `start` on, this process's rows."""
-        return Loader(self.source, self.mixture, self.named, self.prompter, self.seed, start, self.stage.steps, jax.process_index(),
-                      jax.process_count(), self.config.data.threads, self.config.data.workers, self.config.data.prefetch, self.shift)
+    def loader(self, start: int, shards: Sequence[int] = (0,), shard_count: int = 1) -> Loader:
+        """Batches from step `start` on; of the `shard_count` parts of their rows those of `shards`, by default all."""
+        return Loader(self.source, self.mixture, self.named, self.prompter, self.seed, start, self.stage.steps, shards, shard_count,
+                      self.config.data.threads, self.config.data.workers, self.config.data.prefetch, self.shift)
 
     def table(self) -> str:
         """Buckets, tasks, tokens and shares, what fits nowhere, and what this stage leaves to others."""
@@ -147,7 +150,7 @@ class StageData:
 def write_unplaced(folder: pathlib.Path, datas: Mapping[str, StageData]) -> None:
     """FOLDER/unplaced.txt, of all stages: the tables name only the first of many."""
     lines = [f"{name}: {item}\n" for name, data in datas.items() for item in data.source.unplaced()]
-    if lines:
+    if lines and processes.is_first():
         (folder / "unplaced.txt").write_text("".join(lines))
 
 
@@ -155,13 +158,14 @@ def check_order(workdir: pathlib.Path, datas: Mapping[str, StageData], done: Map
     """Raises UserError where the samples of a stage that has begun (done: steps by stage) are not those that it began with, or not the
     same on all processes: the run would go on in another order, or its processes draw different buckets and wait for each other."""
     file = workdir / "data.json"
-    before, now = read_json(file) if file.exists() else {}, {name: data.source.fingerprint() for name, data in datas.items()}
+    before = processes.of_first(lambda: read_json(file) if file.exists() else {})
+    now = {name: data.source.fingerprint() for name, data in datas.items()}
     agree(json.dumps(now, sort_keys=True), "the samples that they found")
     for name, data in datas.items():
         if 0 < done[name] < data.stage.steps and before.get(name, now[name]) != now[name]:
             raise UserError(f"the samples of stage {name!r} are not those that it began with, files or items were added, lost or changed: "
                             f"undo that, or remove {file} to go on with what is there, in another order")
-    if now != before:
+    if now != before and processes.is_first():
         write_text(file, json.dumps(now, indent=1))
 
 

@@ -27,7 +27,7 @@ from vino_jax.batch import TASKS
 from vino_jax.errors import UserError
 from vino_jax.evaluation.report import write_report
 from vino_jax.sampling.video import write_output
-from vino_jax.train.loop import EXIT_PREEMPTED
+from vino_jax.train.preemption import EXIT_PREEMPTED
 from vino_jax.train.workdir import steps_done
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from data_pipelines.mixture import Schedule, choose_text
 from data_pipelines.packing import SamplingOptions, pack_example
 from data_pipelines.prompts import Prompter
+from vino_jax import processes
 from vino_jax.batch import PackedTask
 from vino_jax.models.vino import Vino
 from vino_jax.nn.module import Params
@@ -44,7 +45,7 @@ class Previews:
     """Draws the previews of a run, with one sampler for all stages, so that a shape compiles once.
 
     of(tasks) is preview(params, stage, step): writes DIR/<stage>_<step>/<number>_<task>.png or .mp4 and prompts.json, and the first
-    frames to TensorBoard.
+    frames to TensorBoard. Of several processes all draw, as all hold a part of the parameters, and the first writes.
     """
 
     def __init__(self, vino: Vino, directory: pathlib.Path, writer: MetricWriter, steps: int, mesh: Mesh, rules: dict):
@@ -56,7 +57,8 @@ class Previews:
             self._sampler.params = params
             results = self._sampler.generate_many(tasks, steps=self._steps)
             self._sampler.params = None  # the training step donates these arrays
-            self._write(tasks, [result.pixels for result in results], stage, step)
+            if processes.is_first():
+                self._write(tasks, [result.pixels for result in results], stage, step)
 
         return preview
 

@@ -8,8 +8,11 @@ A workdir belongs to its config (vino_jax/train/workdir.py says what may change)
 model/ is written anew.
 """
 import contextlib
+import functools
 import pathlib
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -20,6 +23,7 @@ from launch.config import parse
 from launch.convert import import_parts
 from launch.data import StageData, check_data, check_order, precomputed_source, problems_file, write_unplaced
 from launch.previews import Previews
+from vino_jax import processes
 from vino_jax.checkpoint import model as model_checkpoint
 from vino_jax.checkpoint.run import RunCheckpoints
 from vino_jax.convert.parts import Given, processor_files
@@ -28,11 +32,13 @@ from vino_jax.models.vino import Vino
 from vino_jax.nn.module import Params
 from vino_jax.settings import VinoConfig
 from vino_jax.sharding.mesh import make_mesh
-from vino_jax.sharding.resolve import describe
+from vino_jax.sharding.resolve import data_shards, describe
 from vino_jax.sharding.rules import preset
+from vino_jax.train import compile_cache
 from vino_jax.train.config import RunConfig, run_config
+from vino_jax.train.goodput import Goodput, process_start
 from vino_jax.train.initial import finished_params, held_paths, initial_params, param_structs, resolve_model, trained_parts
-from vino_jax.train.logging import MetricWriter
+from vino_jax.train.logging import MetricWriter, NoWriter
 from vino_jax.train.loop import StagePlan, check_batches, make_encoder, run_stage
 from vino_jax.train.workdir import checkpoints_folder, claim, initial_folder, steps_done
 
@@ -44,23 +50,38 @@ def initial_checkpoint(config: RunConfig, workdir: pathlib.Path) -> pathlib.Path
         given = {name: pathlib.Path(getattr(init, name)) for name in ("vino", "mmdit", "vae", "vlm") if getattr(init, name)}
         if not given:
             raise UserError("config table 'init' names neither a checkpoint nor parts to import; set config.init.checkpoint=DIR")
-        import_parts(directory, Given(**given), queries=config.model.get("queries", VinoConfig.queries))
+        queries = config.model.get("queries", VinoConfig.queries)
+        if jax.process_count() == 1:
+            import_parts(directory, Given(**given), queries=queries)
+        else:
+            _import_apart(directory, given, queries)
     return directory
 
 
-def train(config: RunConfig, workdir: pathlib.Path, *, quiet: bool = False) -> pathlib.Path:
-    """Run all stages and return the directory of the model checkpoint at their end.
+def _import_apart(directory: pathlib.Path, given: Mapping[str, pathlib.Path], queries: int) -> None:
+    """The same in a process of its own, which belongs to no others: here writing arrays takes all processes of the run."""
+    command = [sys.executable, "-m", "launch.convert", "import", "--output", str(directory), "--queries", str(queries)]
+    flags = [f"--{name}={path}" for name, path in given.items()]
+    done = subprocess.run([*command, *flags], stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"the import into {directory} failed: {done.stderr.strip().removeprefix('error: ')}")
+
+
+def train(config: RunConfig, workdir: pathlib.Path, *, quiet: bool = False, begun: float | None = None) -> pathlib.Path:
+    """Run all stages and return the directory of the model checkpoint at their end. begun: see Goodput. On several processes, which see
+    the same workdir, call it on every one.
 
     Raises UserError, before it touches anything, where the config does not go with the machine or with what stands in the workdir.
     """
+    quiet = quiet or not processes.is_first()
     say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
+    compile_cache.use(config.log.compile_cache)
     check_data(config)
     mesh, rules = make_mesh(config.mesh.sizes), preset(config.mesh.preset)
     for stage in config.stages.values():
         check_batches(stage, [config.buckets[name] for name in stage.buckets], mesh, rules)
-    claim(workdir, config)
-    before = steps_done(workdir, config.stages)
-    directory = initial_checkpoint(config, workdir)
+    before = processes.of_first(lambda: claim(workdir, config) or steps_done(workdir, config.stages))
+    directory = pathlib.Path(processes.of_first(lambda: str(initial_checkpoint(config, workdir))))
     vino = Vino(resolve_model(directory, config.model), config.runtime)
     processor = pathlib.Path(config.data.processor) if config.data.processor else model_checkpoint.processor_folder(directory)
     prompter, files = Prompter(processor), processor_files(processor)
@@ -73,18 +94,26 @@ def train(config: RunConfig, workdir: pathlib.Path, *, quiet: bool = False) -> p
         say(f"{len(problems.met)} items are wrong and left out, listed in {problems.file}")
     write_unplaced(workdir, datas)
     check_order(workdir, datas, before)
-    average = run_stages(config, vino, directory, datas, mesh, rules, workdir, quiet, say)
+    goodput = Goodput(workdir / "goodput.jsonl" if processes.is_first() else None, begun=begun, resume_at=before)
+    average = run_stages(config, vino, directory, datas, mesh, rules, workdir, quiet, say, goodput)
 
-    final, done = workdir / "model", steps_done(workdir, config.stages)
-    written = (final / "model.json").exists() and model_checkpoint.read_info(final).trained == done
+    final = workdir / "model"
+    done, written = processes.of_first(lambda: _ending(final, steps_done(workdir, config.stages)))
     if done != before or not written:
-        write_model(final, average, vino, config, directory, files, done)
-    say(f"model checkpoint: {final}")
+        with goodput.spend("save"):
+            write_model(final, average, vino, config, directory, files, done)
+    goodput.finish()
+    say(f"model checkpoint: {final}\n{goodput.summary()}")
     return final
 
 
+def _ending(final: pathlib.Path, done: dict[str, int]) -> tuple[dict[str, int], bool]:
+    """`done`, and whether the model checkpoint `final` is that of these steps."""
+    return done, (final / "model.json").exists() and model_checkpoint.read_info(final).trained == done
+
+
 def run_stages(config: RunConfig, vino: Vino, directory: pathlib.Path, datas: dict[str, StageData], mesh, rules, workdir: pathlib.Path,
-               quiet: bool, say: Callable[[str], None]) -> Params:
+               quiet: bool, say: Callable[[str], None], goodput: Goodput) -> Params:
     """Each stage from where the one before ended; the parameters at the end, averages where the last stage keeps them.
 
     What checkpoints of this workdir hold is read from there, once; only the rest comes from the initial checkpoint `directory`.
@@ -97,7 +126,8 @@ def run_stages(config: RunConfig, vino: Vino, directory: pathlib.Path, datas: di
     with contextlib.ExitStack() as closing:  # saves under way are finished, whatever ends the run
         checkpoints = {name: closing.enter_context(RunCheckpoints(checkpoints_folder(workdir, name), config.log.keep)) for name in datas}
         done = {name: c.latest() or 0 for name, c in checkpoints.items()}
-        writer = closing.enter_context(MetricWriter(workdir, {stage.name: stage.steps for stage in stages}, resume_at=done))
+        steps = {stage.name: stage.steps for stage in stages}
+        writer = closing.enter_context(MetricWriter(workdir, steps, resume_at=done) if processes.is_first() else NoWriter())
         previews = Previews(vino, workdir / "previews", writer, config.log.preview_sampling_steps, mesh, rules)
         begun = [stage for stage in stages if done[stage.name]]
         held = held_paths(vino, begun)
@@ -109,8 +139,10 @@ def run_stages(config: RunConfig, vino: Vino, directory: pathlib.Path, datas: di
             plan = StagePlan(vino, stage, data.buckets, mesh, rules, config.seed + total, encode)
             preview = previews.of(data.preview_tasks()) if config.log.preview_every else None
             average = None  # that of the stage before would lie in memory for the whole of this one
-            params, average = run_stage(plan, params, data.loader, checkpoints[stage.name], writer, config.log, preview=preview, quiet=quiet,
-                                        say=say)
+            shards, shard_count = data_shards(mesh, rules)
+            loader = functools.partial(data.loader, shards=shards, shard_count=shard_count)
+            params, average = run_stage(plan, params, loader, checkpoints[stage.name], writer, config.log, preview=preview, quiet=quiet,
+                                        say=say, goodput=goodput)
             total += stage.steps
     return average
 
@@ -136,7 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the run's directory; a run there is gone on with")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no tables")
     flags, values = parse(parser, argv)
-    train(run_config(values), flags.workdir, quiet=flags.quiet)
+    cli.join_processes()
+    train(run_config(values), flags.workdir, quiet=flags.quiet, begun=process_start())
 
 
 if __name__ == "__main__":

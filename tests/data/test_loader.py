@@ -65,7 +65,7 @@ def test_batches_are_as_their_bucket_says(whole):
 def test_processes_concatenate_to_one(prompter, whole, count):
     parts = []
     for index in range(count):
-        with loader(prompter, process_index=index, process_count=count) as batches:
+        with loader(prompter, shards=(index,), shard_count=count) as batches:
             parts.append(list(batches))
     for (step, name, batch), *some in zip(whole, *parts, strict=True):
         assert all((s, n) == (step, name) for s, n, _ in some)
@@ -152,5 +152,5 @@ def test_the_table_and_the_rows_of_processes(prompter):
     with loader(prompter, Mixture({"t2i": 1.0}, {"long": 1.0})) as batches:
         assert "picture" in table(batches.schedule.assigned, ShapesSource(5))
         assert [a.bucket.name for a in batches.schedule.used] == ["picture"]
-    with pytest.raises(UserError, match="bucket 'clip' has 4 rows, which do not divide by 8 processes"):
-        loader(prompter, process_count=8)
+    with pytest.raises(UserError, match="bucket 'clip' has 4 rows, which do not divide by 8 data shards"):
+        loader(prompter, shard_count=8)

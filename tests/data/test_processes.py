@@ -16,8 +16,10 @@ from data_pipelines.prompts import Prompter
 from tests.data.folders import ROOT, SMALL_VLM
 from vino_jax.batch import BucketSpec
 
-BUCKETS = (BucketSpec("square", 8, 1, 16, 16, 64), BucketSpec("wide", 4, 1, 16, 32, 64))
+BUCKETS = (BucketSpec("square", 16, 1, 16, 16, 64), BucketSpec("wide", 8, 1, 16, 32, 64))
 STOPPED, BATCHES = 37, 50
+# of two processes with four devices each: rows over all devices, over both processes alone, over neither
+MESHES = ({"data": 2, "fsdp": 4}, {"fsdp": 8}, {"fsdp": 2, "seq": 4}, {"seq": 8})
 
 
 def write_pictures(folder):
@@ -29,9 +31,9 @@ def write_pictures(folder):
     (folder / "m.jsonl").write_text("\n".join(lines))
 
 
-def loader(folder, start, stop, index, count):
+def loader(folder, start, stop, shards, count):
     source, mixture = MediaSource(folder / "m.jsonl", folder, BUCKETS), Mixture({"t2i": 1.0}, {"long": .5, "short": .5})
-    return Loader(source, mixture, BUCKETS, Prompter(SMALL_VLM), 4, start, stop, index, count)
+    return Loader(source, mixture, BUCKETS, Prompter(SMALL_VLM), 4, start, stop, shards, count)
 
 
 def names(batch):
@@ -49,7 +51,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def never_stopped(folder):
-    with loader(folder, 0, STOPPED + BATCHES, 0, 1) as batches:
+    with loader(folder, 0, STOPPED + BATCHES, (0,), 1) as batches:
         return [(step, bucket, names(batch)) for step, bucket, batch in batches]
 
 
@@ -57,21 +59,23 @@ def never_stopped(folder):
 def test_the_next_batches_are_the_same(folder, never_stopped, count):
     parts = []
     for index in range(count):
-        with loader(folder, STOPPED, STOPPED + BATCHES, index, count) as batches:
+        with loader(folder, STOPPED, STOPPED + BATCHES, (index,), count) as batches:
             parts.append([(step, bucket, names(batch)) for step, bucket, batch in batches])
     for (step, bucket, rows), *mine in zip(never_stopped[STOPPED:], *parts, strict=True):
         assert all(part[:2] == (step, bucket) for part in mine) and rows == [row for part in mine for row in part[2]]
 
 
 def test_two_real_processes(folder, never_stopped, tmp_path):
-    """Over loopback: each packs its rows, they become global arrays of one mesh, and are read back whole by both."""
+    """Over loopback: on each mesh, each packs the rows of its devices, they become global arrays, and are read back whole by both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.data.test_processes", address, str(folder), str(tmp_path)]
-    running = [subprocess.Popen([*command, str(index)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-               for index in range(2)]
+    command = [sys.executable, "-m", "tests.data.test_processes", str(folder), str(tmp_path)]
+    running = []
+    for index in range(2):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+                       "PYTHONPATH": str(ROOT), "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     for process in running:
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 0, out[-3000:]
@@ -80,31 +84,57 @@ def test_two_real_processes(folder, never_stopped, tmp_path):
         assert seen == json.loads(json.dumps(never_stopped[STOPPED:])) and len(seen) == BATCHES
 
 
-def one_process(address, folder, output, index):
+def one_process(folder, output):
     import pathlib
 
     import jax
-    from jax.experimental import multihost_utils
+
+    from launch import cli
+
+    cli.join_processes()
+    assert jax.process_count() == 2 and len(jax.devices()) == 8
+    what_the_first_does_all_know()
+    seen = []
+    share = -(-BATCHES // len(MESHES))
+    for first, sizes in zip(range(STOPPED, STOPPED + BATCHES, share), MESHES, strict=True):
+        seen += placed_batches(pathlib.Path(folder), first, min(first + share, STOPPED + BATCHES), sizes)
+    (pathlib.Path(output) / f"{jax.process_index()}.json").write_text(json.dumps(seen))
+
+
+def what_the_first_does_all_know():
+    import jax
 
     from launch.data import agree
+    from vino_jax import processes
     from vino_jax.errors import UserError
+
+    def fails():
+        raise UserError(f"process {jax.process_index()} cannot")
+
+    agree("the same text", "this")
+    with pytest.raises(UserError, match="do not agree on this"):
+        agree(f"the text of {jax.process_index()}", "this")
+    assert processes.of_first(lambda: {"of": jax.process_index()}) == {"of": 0}
+    with pytest.raises(UserError, match="^process 0 cannot$"):
+        processes.of_first(fails)
+    assert processes.of_first(jax.process_index) == 0
+
+
+def placed_batches(folder, start, stop, sizes):
+    from jax.experimental import multihost_utils
+
     from vino_jax.sharding.mesh import make_mesh
+    from vino_jax.sharding.resolve import data_shards
     from vino_jax.sharding.rules import preset
     from vino_jax.train.loop import place_batch
 
-    jax.distributed.initialize(address, 2, int(index))
-    agree("the same text", "this")
-    with pytest.raises(UserError, match="do not agree on this"):
-        agree(f"the text of {index}", "this")
-    assert jax.process_count() == 2 and len(jax.devices()) == 2
-    mesh, seen = make_mesh({"data": 1, "fsdp": -1, "seq": 1, "tensor": 1}), []
-    with loader(pathlib.Path(folder), STOPPED, STOPPED + BATCHES, jax.process_index(), jax.process_count()) as batches:
+    mesh, rules = make_mesh(sizes), preset("fsdp")
+    with loader(folder, start, stop, *data_shards(mesh, rules)) as batches:
         for step, bucket, batch in batches:
-            placed = place_batch(batch, mesh, preset("fsdp"))
-            assert not placed.target.is_fully_addressable and placed.target.shape[0] == 2 * batch.target.shape[0]
+            placed = place_batch(batch, mesh, rules)
+            assert not placed.target.is_fully_addressable and placed.target.shape[0] in (16, 8)
             whole = multihost_utils.process_allgather(placed, tiled=True)
-            seen.append((step, bucket, names(whole)))
-    (pathlib.Path(output) / f"{index}.json").write_text(json.dumps(seen))
+            yield step, bucket, names(whole)
 
 
 if __name__ == "__main__":

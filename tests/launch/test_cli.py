@@ -89,3 +89,25 @@ def test_each_virtual_device_has_several_threads(flags, given, threads):
     environment = {"XLA_FLAGS": flags, **given}
     cli.roomy_thread_pool(environment)
     assert environment.get("PJRT_NPROC") == threads
+
+
+@pytest.mark.parametrize("environment, words", [
+    ({"JAX_COORDINATOR_ADDRESS": "host:1"}, "JAX_COORDINATOR_ADDRESS is set, but not JAX_NUM_PROCESSES, JAX_PROCESS_ID"),
+    ({"JAX_PROCESS_ID": "0", "JAX_NUM_PROCESSES": "2"}, "JAX_NUM_PROCESSES, JAX_PROCESS_ID is set, but not JAX_COORDINATOR_ADDRESS"),
+    *(({"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": index}, "they must be HOST:PORT, a number")
+      for address, count, index in (("host", "2", "0"), ("host:1", "two", "0"), ("host:1", "2", "2"), ("host:1", "2", "-1")))])
+def test_processes_that_are_half_described(environment, words):
+    with pytest.raises(UserError, match=words):
+        cli.join_processes(environment)
+
+
+@pytest.mark.parametrize("environment, given", [
+    ({}, None), ({"VINO_DISTRIBUTED": "0"}, None), ({"VINO_DISTRIBUTED": "1"}, {}), ({"VINO_DISTRIBUTED": "1", "JAX_PROCESS_ID": "1"}, {}),
+    ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+     {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1})])
+def test_what_the_environment_says_of_other_processes(environment, given, monkeypatch):
+    met = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda **arguments: met.append(arguments))
+    monkeypatch.setattr("jax.config.update", lambda *_: None)
+    cli.join_processes(environment)
+    assert met == ([] if given is None else [{**given, "initialization_timeout": 1800, "shutdown_timeout_seconds": 60}])

@@ -12,7 +12,7 @@ from vino_jax.settings import VinoConfig
 from vino_jax.sharding.axes import ACTIVATION_AXES, PARAM_AXES
 from vino_jax.sharding.constrain import constrain, use_sharding
 from vino_jax.sharding.mesh import make_mesh, parse_mesh
-from vino_jax.sharding.resolve import batch_shardings, describe, shardings
+from vino_jax.sharding.resolve import batch_shardings, data_shards, describe, shardings
 from vino_jax.sharding.rules import PRESETS, preset
 
 
@@ -82,3 +82,22 @@ def test_constrain_places_and_leaves_whole_what_does_not_divide():
     assert jax.jit(place)(jnp.ones((2, 8, 4))).sharding.shard_shape((2, 8, 4)) == (1, 2, 4)
     assert jax.jit(place)(jnp.ones((2, 6, 4))).sharding.shard_shape((2, 6, 4)) == (1, 6, 4)
     assert constrain(jnp.ones(3), "batch").shape == (3,)  # without a mesh a hint is nothing
+
+
+# mesh -> which parts of the rows the first four of eight devices hold, which the last four, which every second one; of how many
+@pytest.mark.parametrize("sizes, first, last, odd, count", [
+    ({"data": 2, "fsdp": 4}, (0, 1, 2, 3), (4, 5, 6, 7), (1, 3, 5, 7), 8),
+    ({"fsdp": 8}, (0, 1, 2, 3), (4, 5, 6, 7), (1, 3, 5, 7), 8),
+    ({"fsdp": 2, "seq": 4}, (0,), (1,), (0, 1), 2),
+    ({"data": 2, "seq": 2, "tensor": 2}, (0,), (1,), (0, 1), 2),
+    ({"seq": 8}, (0,), (0,), (0,), 1),
+])
+def test_devices_hold_the_rows_that_a_batch_s_sharding_gives_them(sizes, first, last, odd, count):
+    devices, mesh, rules = jax.devices(), make_mesh(sizes), preset("fsdp")
+    for held, some in ((first, devices[:4]), (last, devices[4:]), (odd, devices[1::2]), (tuple(range(count)), None)):
+        assert data_shards(mesh, rules, some) == (held, count)
+    rows = 16 // count
+    spread = batch_shardings(leaf(16, 3), mesh, rules).devices_indices_map((16, 3))
+    for device, (index, _) in spread.items():
+        (shard,), _ = data_shards(mesh, rules, [device])
+        assert range(16)[index] == range(shard * rows, (shard + 1) * rows)

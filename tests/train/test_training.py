@@ -19,8 +19,9 @@ from vino_jax.sharding.mesh import make_mesh
 from vino_jax.sharding.rules import preset
 from vino_jax.train.config import LogConfig
 from vino_jax.train.logging import MetricWriter
-from vino_jax.train.loop import Meter, Preempted, check_batches, run_stage
+from vino_jax.train.loop import Meter, check_batches, run_stage
 from vino_jax.train.optim import optimizer
+from vino_jax.train.preemption import Preempted
 from vino_jax.train.stage import rates, split
 from vino_jax.train.state import new_state
 from vino_jax.train.step import make_train_step

@@ -41,16 +41,16 @@ def atomic_folder(directory: str | Path, *, replace: bool = False) -> Iterator[P
         if first:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
             folder.mkdir(parents=True)
-        _barrier("folder")
+        barrier("atomic folder folder")
         yield folder
-        _barrier("written")
+        barrier("atomic folder written")
         if first:
             shutil.rmtree(former, ignore_errors=True)
             if directory.exists():
                 directory.rename(former)  # a folder that holds something cannot be renamed over
             folder.rename(directory)
             shutil.rmtree(former, ignore_errors=True)
-        _barrier("renamed")
+        barrier("atomic folder renamed")
     except BaseException as error:
         if first:
             shutil.rmtree(folder, ignore_errors=True)
@@ -61,6 +61,7 @@ def atomic_folder(directory: str | Path, *, replace: bool = False) -> Iterator[P
         raise
 
 
-def _barrier(name: str) -> None:
+def barrier(name: str) -> None:
+    """Returns when all processes of the run have come here."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"atomic folder {name}")
+        multihost_utils.sync_global_devices(name)

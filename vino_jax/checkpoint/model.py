@@ -250,8 +250,10 @@ def _write_part(folder: Path, leaves: Leaves, writer: _Writer) -> dict[str, Leaf
             group, size, count = {}, 0, count + 1
         described[path] = Leaf(tuple(array.shape), jnp.dtype(array.dtype).name, count if array.size else -1)
         if array.size:  # Orbax cannot store arrays without elements
-            # JAX brings an array into C order, as it is written, several times as fast as numpy would
-            group[path] = jax.device_put(array, cpu) if isinstance(array, np.ndarray) else array
+            # JAX brings an array into C order, as it is written, several times as fast as numpy would; of several processes Orbax takes
+            # no arrays that one alone holds, but numpy's, which the first writes
+            alone = isinstance(array, np.ndarray) and jax.process_count() == 1
+            group[path] = jax.device_put(array, cpu) if alone else array
             size += array.nbytes
         del array
     if group:

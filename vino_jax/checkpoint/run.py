@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from vino_jax.checkpoint.atomic import barrier
 from vino_jax.checkpoint.model import GROUP_BYTES
 from vino_jax.errors import UserError
 
@@ -56,6 +57,7 @@ class RunCheckpoints:
         except OSError as error:
             raise UserError(f"cannot make the checkpoint directory {self.directory}: {error.strerror}") from None
         self._remove_unfinished()
+        barrier(f"unfinished steps of {self.directory.name} are removed")  # the others would take them for steps
         context = ocp.Context()
         context.array.saving.use_compression = False  # moments and weights hardly shrink, and zstd is slower than the disk
         self._steps = ocp.training.Checkpointer(

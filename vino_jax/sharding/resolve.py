@@ -4,6 +4,7 @@ A small leaf that a mesh axis does not divide (a 3-channel kernel) is left whole
 what is replicated because of it.
 """
 import math
+from collections.abc import Container
 from typing import Any
 
 import jax
@@ -55,6 +56,18 @@ def batch_shardings(batch: Any, mesh: Mesh, rules: dict) -> Any:
         raise UserError(f"a batch of {rows} rows does not divide over {ways} data shards "
                         f"({', '.join(f'{a}={mesh.shape[a]}' for a in mesh_axes(rules['batch']))}); change the bucket's batch or the mesh")
     return jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(mesh_axes(rules["batch"]), *[None] * (len(x.shape) - 1))), batch)
+
+
+def data_shards(mesh: Mesh, rules: dict, devices: Container[jax.Device] | None = None) -> tuple[tuple[int, ...], int]:
+    """(which of the equal parts of a batch's rows `devices` hold, in order; how many parts there are). devices: by default this process's.
+
+    Processes may hold the same parts (where a mesh axis that does not split rows spans them), or parts that are no neighbours.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    axes = _mesh_axes(rules["batch"])
+    count = math.prod(mesh.shape[a] for a in axes)
+    placed = NamedSharding(mesh, PartitionSpec(axes)).devices_indices_map((count,))
+    return tuple(sorted({rows.start or 0 for device, (rows,) in placed.items() if device in devices})), count
 
 
 def describe(abstract: Any, sharding_tree: Any) -> dict[str, float]:

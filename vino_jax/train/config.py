@@ -60,7 +60,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Cadences in steps; 0 switches off. keep: how many last checkpoints stay."""
+    """Cadences in steps; 0 switches off. keep: how many last checkpoints stay. compile_cache: a folder for compiled programs, which a run
+    that is started again then need not compile; "": that of JAX's variable JAX_COMPILATION_CACHE_DIR, if it is set."""
 
     every: int = 10
     checkpoint_every: int = 100
@@ -69,6 +70,8 @@ class LogConfig:
     preview_count: int = 4
     preview_sampling_steps: int = 20
     preview_guidance: float = 3.0
+    hang_minutes: float = 0.0  # without a finished step (compiling aside) after which the run ends with exit code 43; 0: never
+    compile_cache: str = ""
 
 
 @dataclass(frozen=True)

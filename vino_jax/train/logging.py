@@ -61,6 +61,22 @@ class MetricWriter:
         self.close()
 
 
+class NoWriter(MetricWriter):
+    """What the processes of a run write but the first: nothing."""
+
+    def __init__(self):
+        pass
+
+    def write(self, stage: str, step: int, values: dict[str, Any]) -> None:
+        pass
+
+    def picture(self, stage: str, step: int, name: str, picture_HWC: np.ndarray) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Accumulator:
     """Sums what steps report between two log records and turns it into means."""
 

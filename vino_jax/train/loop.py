@@ -1,7 +1,6 @@
 """The loop of one stage: place, compile, step, log, preview, save, and stop cleanly."""
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vino_jax.batch import Batch, BucketSpec
 from vino_jax.checkpoint.run import RunCheckpoints
@@ -18,23 +17,18 @@ from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
 from vino_jax.nn.module import Params
 from vino_jax.sharding.constrain import use_sharding
-from vino_jax.sharding.resolve import batch_shardings, shardings
+from vino_jax.sharding.resolve import batch_shardings, data_shards, shardings
+from vino_jax.train import compile_cache
 from vino_jax.train import stage as stages
 from vino_jax.train.config import LogConfig
+from vino_jax.train.goodput import Goodput
 from vino_jax.train.logging import Accumulator, MetricWriter, progress_bar
 from vino_jax.train.optim import learning_rate, optimizer
+from vino_jax.train.preemption import Preempted, Stop
 from vino_jax.train.stage import StageConfig
 from vino_jax.train.state import TrainState, new_state, state_shardings, with_shardings
 from vino_jax.train.step import encode_batch, make_train_step
-
-EXIT_PREEMPTED = 42  # job sets restart on it
-
-
-class Preempted(SystemExit):
-    """SIGTERM arrived and the step was saved; exits with EXIT_PREEMPTED."""
-
-    def __init__(self):
-        super().__init__(EXIT_PREEMPTED)
+from vino_jax.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,8 @@ class StagePlan:
         batch = bucket.spec(2 * self.vino.config.vae.latent_channels)
         batch = with_shardings(batch, batch_shardings(batch, self.mesh, self.rules))
         with use_sharding(self.mesh, self.rules):
-            jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+            read = NamedSharding(self.mesh, PartitionSpec())  # metrics lie whole on every device, so that every process can read them
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, read))
             return jitted.lower(*abstract, batch, jax.ShapeDtypeStruct((), np.float32))
 
     def compiled_steps(self, tx, state: TrainState, frozen: Params, log: Callable[[str], None]) -> dict[str, Any]:
@@ -143,24 +138,19 @@ def check_batches(stage: StageConfig, buckets: Iterable[BucketSpec], mesh: Mesh,
 
 
 def place_batch(batch: Batch, mesh: Mesh, rules: dict) -> Batch:
-    """This process's rows (numpy) -> global arrays on the mesh."""
-    placed = batch_shardings(batch, mesh, rules)
-    return jax.tree.map(lambda x, s: jax.make_array_from_process_local_data(s, np.asarray(x)), batch, placed)
+    """The rows that this process's devices hold (numpy, see `data_shards`) -> global arrays on the mesh."""
+    held, count = data_shards(mesh, rules)
+    size = len(batch.tokens) // len(held)  # rows a shard
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size * count, *np.shape(x)[1:]), np.asarray(x).dtype), batch)
 
+    def place(x, struct, sharding):
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            first = held.index((index[0].start or 0) // size) * size
+            return np.asarray(x)[first:first + size]
 
-class _Stop:
-    """Whether SIGTERM arrived; restores the former handler afterwards."""
+        return jax.make_array_from_callback(struct.shape, sharding, shard)
 
-    def __enter__(self):
-        self.asked = False
-        self._former = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def _ask(self, *_):
-        self.asked = True
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self._former)
+    return jax.tree.map(place, batch, whole, batch_shardings(whole, mesh, rules))
 
 
 class Meter:
@@ -216,16 +206,31 @@ class Meter:
         return values
 
 
+def encoded_batches(plan: StagePlan, vae: Params, batches: Iterable, goodput: Goodput,
+                    watchdog: Watchdog) -> Iterator[tuple[int, str, list[int], Batch]]:
+    """(step, bucket name, the samples of this process's rows, batch with moments on the mesh)."""
+    met: set[str] = set()
+    for at, bucket, batch in goodput.waiting(batches):
+        with contextlib.ExitStack() as aside:
+            if bucket not in met:  # the encoder's program is compiled now, if no stage before has
+                aside.enter_context(watchdog.paused())
+                aside.enter_context(goodput.spend("compile"))
+            encoded = plan.encode(vae, place_batch(batch, plan.mesh, plan.rules))
+        met.add(bucket)
+        yield at, bucket, np.asarray(batch.sample).tolist(), encoded
+
+
 def run_stage(plan: StagePlan, params: Params, loader: Callable[[int], Iterable], checkpoints: RunCheckpoints, writer: MetricWriter,
               log: LogConfig, *, preview: Callable[[Params, str, int], None] | None = None, quiet: bool = False,
-              say: Callable[[str], None] = print) -> tuple[Params, Params]:
+              say: Callable[[str], None] = print, goodput: Goodput | None = None) -> tuple[Params, Params]:
     """Train one stage to its end, going on from its last checkpoint; all parameters, and the same with averages where kept.
 
-    params: see `start_state`; they are donated. loader(step) gives an iterable of (step, bucket name, Batch of this process's rows) with
-    `waited` (seconds) and close(). preview(params, stage name, step) draws samples at the start, by log.preview_every and at the end.
-    Raises UserError when a loss or gradient is not finite, naming step and batch.
+    params: see `start_state`; they are donated. loader(step) gives an iterable of (step, bucket name, Batch of the rows that this
+    process's devices hold) with `waited` (seconds) and close(). preview(params, stage name, step) draws samples at the start, by
+    log.preview_every and at the end. On several processes call it on every one.
+    Raises UserError when a loss or gradient is not finite, naming step and batch; Preempted after SIGTERM to any process.
     """
-    stage = plan.stage
+    stage, goodput = plan.stage, goodput or Goodput()
     state, frozen, tx = start_state(plan, params, checkpoints)
     step = int(state.step)
 
@@ -237,35 +242,43 @@ def run_stage(plan: StagePlan, params: Params, loader: Callable[[int], Iterable]
 
     if step >= stage.steps:
         return whole(), whole(average=True)
-    programs = plan.compiled_steps(tx, state, frozen, say)
+    with goodput.spend("compile"), compile_cache.told(stage.name, say):
+        programs = plan.compiled_steps(tx, state, frozen, say)
     buckets = {bucket.name: bucket for bucket in plan.buckets}
     if step == 0 and preview:
-        preview(whole(), stage.name, 0)
-    with contextlib.closing(loader(step)) as batches, _Stop() as stop, progress_bar(stage.steps, step, stage.name, quiet) as bar:
+        with goodput.spend("preview"):
+            preview(whole(), stage.name, 0)
+    with contextlib.closing(loader(step)) as batches, Stop(stage.name) as stop, Watchdog(60 * log.hang_minutes) as watchdog, \
+            progress_bar(stage.steps, step, stage.name, quiet) as bar, goodput.spend("step"):
         meter = Meter(stage, batches, checkpoints)
-        for at, bucket, batch in batches:
-            samples = np.asarray(batch.sample).tolist()
-            batch = plan.encode(frozen["vae"], place_batch(batch, plan.mesh, plan.rules))
+        for at, bucket, samples, batch in encoded_batches(plan, frozen["vae"], batches, goodput, watchdog):
             state, metrics = programs[bucket](state, frozen, batch, np.float32(learning_rate(stage, at)))
             step = at + 1
             meter.started(at, buckets[bucket], samples, metrics)
+            watchdog.beat()
             bar.update()
-            stopping = stop.asked  # asked once a step: what comes later in it is the next step's
+            stopping = stop.now()  # asked once a step: what comes later in it is the next step's
             if due(log.every):
                 values = meter.take(step)
                 writer.write(stage.name, step, values)
                 bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
             if stopping or due(log.checkpoint_every):
                 meter.settle()
-                checkpoints.save(step, state, {"stage": stage.name, "step": step, "seed": plan.seed})
+                with goodput.spend("save"):
+                    checkpoints.save(step, state, {"stage": stage.name, "step": step, "seed": plan.seed})
             if stopping:  # before a preview, which could outlast the time that is left
-                checkpoints.wait()
+                with goodput.spend("save"):
+                    checkpoints.wait()
+            if stopping or due(log.every) or due(log.checkpoint_every):
+                goodput.write(stage.name, step)
+            if stopping:
                 say(f"{stage.name}: stopped by SIGTERM, saved at step {step}")
                 raise Preempted()
             if preview and due(log.preview_every):
-                with meter.paused():
+                with meter.paused(), watchdog.paused(), goodput.spend("preview"):
                     preview(whole(average=True), stage.name, step)
             if step == stage.steps:
                 break
-    checkpoints.wait()
+    with goodput.spend("save"):
+        checkpoints.wait()
     return whole(), whole(average=True)
