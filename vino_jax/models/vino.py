@@ -3,6 +3,7 @@
 Dims: B rows, L prompt tokens, Q queries, C context width, D MMDiT width, R reference tokens, K pool tokens, P values a latent
 token (channels x patch), F H W latent or pixel frames, height, width.
 """
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -15,6 +16,7 @@ from vino_jax.models.mmdit import MMDiT
 from vino_jax.models.qwen_vl import QwenVL
 from vino_jax.models.vae import VAE
 from vino_jax.models.vae_tiling import Tiling, decode_tiled, encode_tiled
+from vino_jax.nn.lora import Adapter, attach, within
 from vino_jax.nn.module import Definition, Params
 from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import VinoConfig
@@ -35,14 +37,15 @@ class Vino:
     "queries": ..., "vlm": ..., "vae": ...}, plain nested dicts; a method needs only the parts that it uses.
 
     tiling: of the VAE (models/vae_tiling.py); by default clips go through in windows of 16 frames, as the published VAE takes them.
+    adapters: of the MMDiT's kernels (nn/lora.py), by whole path: "mmdit/...".
     """
 
-    def __init__(self, config: VinoConfig, runtime: Runtime, tiling: Tiling | None = None):
-        self.config, self.runtime = config, runtime
+    def __init__(self, config: VinoConfig, runtime: Runtime, tiling: Tiling | None = None, adapters: Mapping[str, Adapter] | None = None):
+        self.config, self.runtime, self.adapters = config, runtime, dict(adapters or {})
         self._tiling = tiling or Tiling(side=None)
         vlm_width, ratio = config.vlm.text.width, config.connector_ratio
         self.parts = {
-            "mmdit": Definition(lambda r: MMDiT(config.mmdit, runtime, rngs=r)),
+            "mmdit": Definition(lambda r: attach(MMDiT(config.mmdit, runtime, rngs=r), within("mmdit", self.adapters), r)),
             "connector": Definition(lambda r: Connector(vlm_width, config.mmdit.text_width, ratio, rngs=r)),
             "vae_connector": Definition(lambda r: Connector(vlm_width, config.mmdit.width, ratio, rngs=r)),
             "queries": Definition(lambda r: Queries(config.queries, vlm_width, rngs=r)),

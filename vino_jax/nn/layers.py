@@ -24,16 +24,32 @@ def _ones(key, shape, dtype):
 
 
 class Linear(nnx.Module):
-    """y = x W + b with W (inputs, outputs), in the dtype of x. axes: logical names of the two dims of W; W starts N(0, gain^2/inputs)."""
+    """y = x W + b with W (inputs, outputs), in the dtype of x. axes: logical names of the two dims of W; W starts N(0, gain^2/inputs).
+    With an adapter (nn/lora.py) y = x W + b + scale (x A) B."""
 
     def __init__(self, inputs: int, outputs: int, axes: tuple[str | None, str | None], *, bias: bool = True, gain: float = 1.0,
                  rngs: nnx.Rngs):
         self.kernel = param(rngs, (inputs, outputs), axes, lambda k, s, d: gain * _fan_in(k, s, d))
         self.bias = param(rngs, (outputs,), axes[1:], _zeros) if bias else None
+        self.lora_a = self.lora_b = nnx.data(None)
+
+    def adapt(self, rank: int, scale: float, rngs: nnx.Rngs) -> None:
+        """Give it an adapter: A starts N(0, 1/inputs), B zero; one a layer where the kernel is stacked."""
+        *layers, inputs, outputs = self.kernel.shape
+        row, column = self.kernel.get_metadata()["axes"]
+        a = jax.random.normal(rngs.params(), (*layers, inputs, rank), jnp.float32) / math.sqrt(inputs)
+        self.lora_a = nnx.Param(a, axes=(row, None))
+        self.lora_b = nnx.Param(jnp.zeros((*layers, rank, outputs), jnp.float32), axes=(None, column))
+        self.lora_scale = scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.lora_a is None else y + self._change(x)
+
+    def _change(self, x: jax.Array) -> jax.Array:
+        """What the adapter adds. Its two products are small beside W's, and so are their gradients; W has none."""
+        return (self.lora_scale * (x @ self.lora_a[...].astype(x.dtype))) @ self.lora_b[...].astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
