@@ -39,6 +39,7 @@ setup(
             "diffusers==0.35.2",  # the last line that takes the huggingface-hub of transformers 4
             "huggingface-hub<1.0",
             "accelerate",
+            "peft>=0.17",  # exported adapters, opened by diffusers; imported by it alone
             "pytest>=8",
             "pytest-xdist>=3.6",  # test files on both cores
             "scikit-image>=0.25",  # real pictures, and a second opinion on PSNR and SSIM
