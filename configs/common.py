@@ -36,7 +36,7 @@ def curriculum(steps: tuple[int, int, int], rates: tuple[float, float, float], p
 def stage(**entries) -> dict:
     """A stage with every key of StageConfig, so that each can be overridden from the command line."""
     defaults = {"warmup_steps": 50, "decay_steps": 0, "b1": 0.9, "b2": 0.95, "eps": 1e-15, "weight_decay": 0.0, "clip": 1.0, "ema": 0.0,
-                "accumulate": 1, "text_dropout": 0.1, "image_dropout": 0.1, "lora": (), "lora_alpha": 16.0}
+                "accumulate": 1, "text_dropout": 0.1, "image_dropout": 0.1, "optimizer": "adamw", "lora": (), "lora_alpha": 16.0}
     return {**defaults, **entries}
 
 

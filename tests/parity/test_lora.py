@@ -54,7 +54,7 @@ def our_velocity(model, mmdit):
 
 def load(transformer, folder):
     """As HunyuanVideoPipeline.load_lora_weights does, without a pipeline's other parts."""
-    state, metadata = HunyuanVideoPipeline.lora_state_dict(folder, return_lora_metadata=True)
+    state, metadata = HunyuanVideoPipeline.lora_state_dict(folder, weight_name=lora.FILE, return_lora_metadata=True)
     HunyuanVideoPipeline.load_lora_into_transformer(state, transformer=transformer, metadata=metadata)
 
 

@@ -63,7 +63,7 @@ def read(path: Path, kernels: Mapping[str, tuple[int, ...]]) -> dict[str, LowRan
     Raises UserError for a file that is none of adapters, and naming all tensors that no kernel takes.
     """
     source = open_source(path)
-    metadata = _metadata(source.files[0])
+    metadata = _metadata(source.files[0]) if source.manifest else {}
     places = {module: place for kernel, shape in kernels.items() if kernel in _MODULES for module, place in _places(kernel, shape)}
     found: dict[str, dict[int | None, dict[str, Any]]] = {}
     wrong = []

@@ -7,6 +7,7 @@ from vino_jax.batch import BucketSpec, check_sampled
 from vino_jax.errors import UserError
 from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import SamplingConfig, build, nearest
+from vino_jax.train.optim import OPTIMIZERS
 from vino_jax.train.stage import StageConfig
 
 
@@ -89,7 +90,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     """RunConfig from plain nested dicts; buckets and stages take their names from their keys.
 
     Raises UserError for an unknown or missing key, a value that would fail only later in the run, and a stage that names a bucket
-    that is not there.
+    or an optimizer that is not there.
     """
     values = dict(values)
     for table in ("buckets", "stages"):
@@ -98,6 +99,8 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         values[table] = {name: _named(entry, table, name) for name, entry in sorted(values[table].items())}
     config = build(RunConfig, values)
     for stage in config.stages.values():
+        if stage.optimizer not in OPTIMIZERS:
+            raise UserError(f"stage {stage.name!r} has the unknown optimizer {stage.optimizer!r}{nearest(stage.optimizer, OPTIMIZERS)}")
         for name in stage.buckets:
             if name not in config.buckets:
                 raise UserError(f"stage {stage.name!r} uses unknown bucket {name!r}{nearest(name, config.buckets)}")

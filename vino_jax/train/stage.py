@@ -27,6 +27,7 @@ class StageConfig:
       rate multiplies the learning rate, 0 freezes. Every parameter must match a rule and every rule must match a parameter.
     lora: ordered (regex, rank) over paths of kernels, full match, the first that matches decides: these stay as they are, whatever rules
       say, and get adapters (nn/lora.py) that train at rate 1. Every entry must match a kernel. lora_alpha: an adapter's scale is alpha / rank.
+    optimizer: name in the table of train/optim.py.
     tasks, texts: weights by task and by kind of caption. text_dropout: share of rows whose text is empty;
       image_dropout: share whose text is empty and whose reference images are gone.
     buckets: names from the config's table of buckets. ema: decay, 0 for none. accumulate: microbatches a step.
@@ -51,6 +52,7 @@ class StageConfig:
     accumulate: int = 1
     text_dropout: float = 0.1
     image_dropout: float = 0.1
+    optimizer: str = "adamw"
     lora: tuple[tuple[str, int], ...] = ()
     lora_alpha: float = 16.0
 
