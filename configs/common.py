@@ -46,7 +46,7 @@ def config(**entries) -> ml_collections.ConfigDict:
         "seed": 0,
         "model": {"queries": 256, "connector_ratio": 4},
         "init": {"checkpoint": "", "vino": "", "mmdit": "", "vae": "", "vlm": "", "require": ("vae", "vlm", "mmdit")},
-        "runtime": {"dtype": "bfloat16", "remat": "full", "attention": "xla"},
+        "runtime": {"dtype": "bfloat16", "remat": "full", "attention": "xla", "quantize": ""},
         "mesh": {"preset": "fsdp", "data": 1, "fsdp": -1, "seq": 1, "tensor": 1},
         "data": {"source": "shapes", "manifest": "", "root": ".", "bad_items": "stop",
                  "clips": {"windows": "head", "count": 1, "stride": 0, "compat": "reference"},

@@ -11,3 +11,7 @@ MESH_LOSS_ABS = 1e-5  # loss curve on 8 devices against 1, over 20 steps
 TILING_GREY = 1.0  # tiled against untiled VAE, grey levels
 SAMPLE_BF16_RMS = 0.05  # sampling in bfloat16 against float32, root mean square over that of the latents
 LATENTS_ABS = 2e-6  # moments encoded in batches of another size: 1 or 2 rows a device differ from 4 or 8 by 4.8e-7, values are up to 1.4
+BF16_MOMENTS_LOSS_REL = 1e-3  # loss curve of moments in bfloat16 against float32, six steps
+ADAPTER_LOSS_REL = 1e-5  # loss with adapters against the same in changed kernels
+INT8_LOSS_REL = 2e-3  # loss with products in int8 against float32
+INT8_GRADIENT_REL = 0.05  # norm of the difference of a kernel's gradient, over its norm

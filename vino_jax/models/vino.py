@@ -18,6 +18,7 @@ from vino_jax.models.vae import VAE
 from vino_jax.models.vae_tiling import Tiling, decode_tiled, encode_tiled
 from vino_jax.nn.lora import Adapter, attach, within
 from vino_jax.nn.module import Definition, Params
+from vino_jax.nn.quantize import QUANTIZERS
 from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import VinoConfig
 
@@ -133,7 +134,7 @@ class Vino:
         if pool_BKP is None:
             pool_BKP = jnp.zeros((latents_BFHWC.shape[0], 0, self._token_values), jnp.float32)
         references = select_references(pool_BKP.astype(dtype), conditioning.markers_BLD, batch)
-        mmdit = self.parts["mmdit"](params["mmdit"])
+        mmdit = QUANTIZERS[self.runtime.quantize](self.parts["mmdit"](params["mmdit"]))
         return mmdit(latents_BFHWC.astype(dtype), time_B, references, batch.target_start, conditioning.context_BLC, conditioning.context_mask_BL)
 
     @property

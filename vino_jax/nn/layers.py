@@ -23,6 +23,12 @@ def _ones(key, shape, dtype):
     return jnp.ones(shape, dtype)
 
 
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel, but traced anew at every call: JAX keeps one trace of `@` for all products of the same shapes, and so would mix up those
+    that nn/quantize.py changes with those that it does not."""
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
 class Linear(nnx.Module):
     """y = x W + b with W (inputs, outputs), in the dtype of x. axes: logical names of the two dims of W; W starts N(0, gain^2/inputs).
     With an adapter (nn/lora.py) y = x W + b + scale (x A) B."""
@@ -43,13 +49,13 @@ class Linear(nnx.Module):
         self.lora_scale = scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = _product(x, self.kernel[...].astype(x.dtype))
         y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
         return y if self.lora_a is None else y + self._change(x)
 
     def _change(self, x: jax.Array) -> jax.Array:
         """What the adapter adds. Its two products are small beside W's, and so are their gradients; W has none."""
-        return (self.lora_scale * (x @ self.lora_a[...].astype(x.dtype))) @ self.lora_b[...].astype(x.dtype)
+        return _product(self.lora_scale * _product(x, self.lora_a[...].astype(x.dtype)), self.lora_b[...].astype(x.dtype))
 
 
 class RMSNorm(nnx.Module):

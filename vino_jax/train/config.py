@@ -101,6 +101,9 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     for stage in config.stages.values():
         if stage.optimizer not in OPTIMIZERS:
             raise UserError(f"stage {stage.name!r} has the unknown optimizer {stage.optimizer!r}{nearest(stage.optimizer, OPTIMIZERS)}")
+        if stage.lora and config.runtime.quantize:
+            raise UserError(f"stage {stage.name!r} has 'lora', which does not go with runtime.quantize {config.runtime.quantize!r}: take one "
+                            "of them out")
         for name in stage.buckets:
             if name not in config.buckets:
                 raise UserError(f"stage {stage.name!r} uses unknown bucket {name!r}{nearest(name, config.buckets)}")
