@@ -33,12 +33,15 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
         "gpu": ["jax[cuda13]>=0.10.2,<0.11"],
+        "int8": ["qwix>=0.1.8,<0.2"],  # products in int8: runtime.quantize
         "convert": ["torch>=2.6"],  # only to read .ckpt and .pt pickles; safetensors need none
         "test": [
             "torch==2.13.0",  # the reference of the parity tests, on the CPU
             "diffusers==0.35.2",  # the last line that takes the huggingface-hub of transformers 4
             "huggingface-hub<1.0",
             "accelerate",
+            "qwix>=0.1.8,<0.2",
+            "peft>=0.17",  # exported adapters, opened by diffusers; imported by it alone
             "pytest>=8",
             "pytest-xdist>=3.6",  # test files on both cores
             "scikit-image>=0.25",  # real pictures, and a second opinion on PSNR and SSIM

@@ -9,7 +9,10 @@ RULES = {
     "stage1": (("connector/.*", 1.0), ("(mmdit|vae_connector|queries)/.*", 0.0), *_FROZEN),
     "stage2": (_UNUSED, ("(connector|mmdit|queries)/.*", 1.0), ("vae_connector/.*", 0.0), *_FROZEN),
     "stage3": (_UNUSED, ("(connector|vae_connector|mmdit|queries)/.*", 1.0), *_FROZEN),
+    "lora": (("(connector|vae_connector|mmdit|queries)/.*", 0.0), *_FROZEN),  # nothing but the stage's adapters
 }
+# Which kernels get adapters of which rank, for a stage's `lora`: those of attention in double and single blocks.
+ATTENTION_LORA = (("mmdit/(double|single)/.*(query|key|value|(visual|context)/out)/kernel", 16),)
 PLAIN_TASKS = {"t2i": 0.3, "t2v": 0.7}
 ALL_TASKS = {"t2i": 0.1, "t2v": 0.1, "i2v": 0.1, "ti2v": 0.15, "ti2i": 0.25, "ti2i_baseimg": 0.05, "tv2v": 0.15, "tiv2v": 0.1}
 
@@ -37,7 +40,7 @@ def curriculum(steps: tuple[int, int, int], rates: tuple[float, float, float], p
 def stage(**entries) -> dict:
     """A stage with every key of StageConfig, so that each can be overridden from the command line."""
     defaults = {"warmup_steps": 50, "decay_steps": 0, "b1": 0.9, "b2": 0.95, "eps": 1e-15, "weight_decay": 0.0, "clip": 1.0, "ema": 0.0,
-                "accumulate": 1, "text_dropout": 0.1, "image_dropout": 0.1, "remat": {}}
+                "accumulate": 1, "text_dropout": 0.1, "image_dropout": 0.1, "remat": {}, "optimizer": "adamw", "lora": (), "lora_alpha": 16.0}
     return {**defaults, **entries}
 
 
@@ -47,7 +50,7 @@ def config(**entries) -> ml_collections.ConfigDict:
         "seed": 0,
         "model": {"queries": 256, "connector_ratio": 4},
         "init": {"checkpoint": "", "vino": "", "mmdit": "", "vae": "", "vlm": "", "require": ("vae", "vlm", "mmdit")},
-        "runtime": {"dtype": "bfloat16", "remat": "full", "attention": "auto"},
+        "runtime": {"dtype": "bfloat16", "remat": "full", "attention": "auto", "quantize": ""},
         "mesh": {"preset": "fsdp", "data": 1, "fsdp": -1, "seq": 1, "tensor": 1},
         "data": {"source": "shapes", "manifest": "", "root": ".", "bad_items": "stop",
                  "clips": {"windows": "head", "count": 1, "stride": 0, "compat": "reference"},
@@ -55,7 +58,7 @@ def config(**entries) -> ml_collections.ConfigDict:
         "buckets": {},
         "stages": {},
         "log": {"every": 10, "checkpoint_every": 100, "keep": 2, "preview_every": 0, "preview_count": 4, "preview_sampling_steps": 20,
-                "preview_guidance": 3.0, "hang_minutes": 0.0, "compile_cache": ""},
+                "preview_guidance": 3.0, "hang_minutes": 0.0, "compile_cache": "", "profile_port": 0},
         "sampling": {},
     }
     for name, value in entries.items():

@@ -29,13 +29,12 @@ from vino_jax.batch import BucketSpec
 from vino_jax.checkpoint.atomic import write_text
 from vino_jax.convert import parts
 from vino_jax.errors import UserError
-from vino_jax.models.vino import Vino
 from vino_jax.nn.stack import REMAT_POLICIES
 from vino_jax.settings import VinoConfig, nearest
 from vino_jax.sharding.mesh import make_mesh
 from vino_jax.sharding.rules import preset
 from vino_jax.train.config import RunConfig, run_config
-from vino_jax.train.initial import param_structs, resolve_model, with_model
+from vino_jax.train.initial import param_structs, resolve_model, training_model, with_model
 from vino_jax.train.loop import StagePlan, check_batches, lowered_encoder, make_encoder
 from vino_jax.train.stage import StageConfig, rates
 
@@ -58,7 +57,7 @@ class Compiler:
         self.config, self.chip = config, chip_of(topology)
         self.mesh, self.rules = make_mesh(config.mesh.sizes, topology_devices(topology)), preset(config.mesh.preset)
         self.architecture = architecture(config)
-        self.vino = Vino(self.architecture, config.runtime)
+        self.vino = training_model(self.architecture, config.runtime, config.stages.values())
 
     def step(self, stage: StageConfig, bucket: BucketSpec, remat: str | None = None) -> report.Row:
         """The row of a training step; remat: in the place of the config's policy."""

@@ -3,6 +3,8 @@
     python -m launch.convert import --output DIR [--vino vino.ckpt] [--mmdit DIR] [--vae DIR] [--vlm DIR] [--dtype bfloat16|float32]
     python -m launch.convert export --checkpoint DIR --output DIR --format vino|diffusers [--dtype bfloat16|float32]
     python -m launch.convert verify --checkpoint DIR --against PATH [PATH ...]
+    python -m launch.convert export-lora --checkpoint WORKDIR --output DIR [--weights average|raw]
+    python -m launch.convert merge-lora --checkpoint DIR --lora FILE --output DIR
 """
 import argparse
 import ctypes
@@ -26,17 +28,18 @@ from jax.sharding import Mesh, NamedSharding
 from launch import cli
 from vino_jax.checkpoint import model as model_checkpoint
 from vino_jax.checkpoint.atomic import atomic_folder, check_empty
-from vino_jax.convert import configs, engine, parts
+from vino_jax.convert import configs, engine, lora, parts
 from vino_jax.convert.io import SafetensorsWriter, write_pickle
 from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
+from vino_jax.nn.lora import merged, within
 from vino_jax.nn.module import by_path
 from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import VinoConfig
 from vino_jax.sharding import rules
 from vino_jax.sharding.mesh import make_mesh, parse_mesh
 from vino_jax.sharding.resolve import shardings
-from vino_jax.train.weights import run_weights
+from vino_jax.train.weights import run_adapters, run_weights
 from vino_jax.train.workdir import is_run
 
 DTYPES = ("float32", "bfloat16")
@@ -94,6 +97,18 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--against", type=Path, nargs="+", required=True,
                        help="vino.ckpt, HunyuanVideo's and Qwen3-VL's folders, or parts of them")
     check.set_defaults(command=verify_parts)
+    give = commands.add_parser("export-lora", help="adapters of a training run -> one file that diffusers' load_lora_weights reads")
+    give.add_argument("--checkpoint", type=Path, required=True, help="the workdir of a training run: its newest step")
+    give.add_argument("--output", type=Path, required=True, help="folder to write; must not hold anything yet")
+    give.add_argument("--weights", choices=("average", "raw"), default="average",
+                      help="the average where the run's last stage keeps one (default), or the adapters themselves")
+    give.set_defaults(command=export_lora)
+    add = commands.add_parser("merge-lora", help="model checkpoint + adapters -> model checkpoint")
+    add.add_argument("--checkpoint", type=Path, required=True)
+    add.add_argument("--lora", type=Path, required=True, dest="lora_file",
+                     help="a file of adapters with PEFT's names, or a folder with one: export-lora's, or diffusers' own for HunyuanVideo")
+    add.add_argument("--output", type=Path, required=True, help="the model checkpoint to write; must not hold anything yet")
+    add.set_defaults(command=merge_lora)
     return parser
 
 
@@ -248,6 +263,38 @@ def verify_parts(checkpoint: Path, against: Sequence[Path]) -> None:
     if different:
         raise UserError(f"{len(different)} of {count} tensors differ: {', '.join(different)}")
     print(f"{count} tensors of {', '.join(plans)} are identical")
+
+
+def export_lora(checkpoint: Path, output: Path, weights: str = "average") -> None:
+    """The adapters of a run's newest checkpoint as `output`/pytorch_lora_weights.safetensors. weights: "average" or "raw"."""
+    if not is_run(checkpoint):
+        raise UserError(f"{checkpoint} is no training run's workdir; adapters of its own has only a run (its model/ has them merged)")
+    adapters = run_adapters(checkpoint, average=weights == "average")
+    lora.write(output, within("mmdit", adapters))
+    _say(f"{sum(adapter.a.size + adapter.b.size for adapter in adapters.values()):,} parameters of {len(adapters)} kernels")
+
+
+def merge_lora(checkpoint: Path, lora_file: Path, output: Path) -> None:
+    """Write the model checkpoint `output`: `checkpoint` with the adapters of a file added to the MMDiT's kernels, in float32, each then
+    rounded to the dtype that it has there."""
+    check_empty(output)
+    given = model_checkpoint.weights(checkpoint)
+    info = given.info
+    if "mmdit" not in info.parts:
+        raise UserError(f"{checkpoint} has no mmdit; it has {', '.join(info.parts)}")
+    stored = info.parts["mmdit"].leaves
+    adapters = lora.read(lora_file, {path: leaf.shape for path, leaf in stored.items()})
+
+    def leaves() -> Iterator[tuple[str, np.ndarray]]:
+        for path, array in merged(given.arrays("mmdit"), adapters):
+            yield path, array.astype(engine.DTYPES[stored[path].dtype], copy=False)
+
+    sources = {part: {"source": entry.source, "sha256": entry.sha256} for part, entry in info.parts.items()}
+    sources["mmdit"] = {"source": f"{info.parts['mmdit'].source} with {lora_file}", "sha256": ""}
+    processor = sorted(given.processor.iterdir()) if given.processor.is_dir() else ()
+    model_checkpoint.save(output, {part: leaves() if part == "mmdit" else given.arrays(part) for part in info.parts}, info.config, sources,
+                          processor, {part: given.left_out(part) for part in info.parts}, info.sampling)
+    _say(f"mmdit: {len(adapters)} kernels have been changed")
 
 
 def _same(ours: np.ndarray, source: engine.Source, name: str) -> bool:

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from data_pipelines.problems import Problems
 from data_pipelines.prompts import Prompter
@@ -29,7 +31,8 @@ from vino_jax.checkpoint.run import RunCheckpoints
 from vino_jax.convert.parts import Given, processor_files
 from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
-from vino_jax.nn.module import Params
+from vino_jax.nn.lora import kernel_of, low_ranks, merged, within
+from vino_jax.nn.module import Params, by_path
 from vino_jax.settings import VinoConfig
 from vino_jax.sharding.mesh import make_mesh
 from vino_jax.sharding.resolve import data_shards, describe
@@ -37,7 +40,7 @@ from vino_jax.sharding.rules import preset
 from vino_jax.train import compile_cache
 from vino_jax.train.config import RunConfig, run_config
 from vino_jax.train.goodput import Goodput, process_start
-from vino_jax.train.initial import finished_params, held_paths, initial_params, param_structs, resolve_model, trained_parts
+from vino_jax.train.initial import finished_params, held_paths, initial_params, param_structs, resolve_model, trained_parts, training_model
 from vino_jax.train.logging import MetricWriter, NoWriter
 from vino_jax.train.loop import StagePlan, check_batches, make_encoder, run_stage
 from vino_jax.train.workdir import checkpoints_folder, claim, initial_folder, steps_done
@@ -76,13 +79,15 @@ def train(config: RunConfig, workdir: pathlib.Path, *, quiet: bool = False, begu
     quiet = quiet or not processes.is_first()
     say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
     compile_cache.use(config.log.compile_cache)
+    if config.log.profile_port:
+        jax.profiler.start_server(config.log.profile_port)
     check_data(config)
     mesh, rules = make_mesh(config.mesh.sizes), preset(config.mesh.preset)
     for stage in config.stages.values():
         check_batches(stage, [config.buckets[name] for name in stage.buckets], mesh, rules)
     before = processes.of_first(lambda: claim(workdir, config) or steps_done(workdir, config.stages))
     directory = pathlib.Path(processes.of_first(lambda: str(initial_checkpoint(config, workdir))))
-    vino = Vino(resolve_model(directory, config.model), config.runtime)
+    vino = training_model(resolve_model(directory, config.model), config.runtime, config.stages.values())
     processor = pathlib.Path(config.data.processor) if config.data.processor else model_checkpoint.processor_folder(directory)
     prompter, files = Prompter(processor), processor_files(processor)
     problems = Problems(problems_file(config, workdir))
@@ -150,13 +155,21 @@ def run_stages(config: RunConfig, vino: Vino, directory: pathlib.Path, datas: di
 def write_model(final: pathlib.Path, params: Params, vino: Vino, config: RunConfig, directory: pathlib.Path,
                 files: Sequence[pathlib.Path], trained: dict[str, int]) -> None:
     """The model checkpoint at the end of a run. Parts of the initial checkpoint `directory` that no stage trains are copied from it to
-    the bit, in their own dtype and with their sources; every part keeps its tensors that are left out.
+    the bit, in their own dtype and with their sources; adapters are merged into their kernels, in float32; every part keeps its tensors
+    that are left out.
 
     files: of the processor. trained: steps by stage.
     """
     info = model_checkpoint.read_info(directory)
     copied = info.parts.keys() - trained_parts(vino, list(config.stages.values()))
-    parts = {name: model_checkpoint.iter_arrays(directory, name, info) if name in copied else tree for name, tree in params.items()}
+    adapters = low_ranks({path: process_allgather(leaf, tiled=True) for path, leaf in by_path(params).items() if kernel_of(path)}, vino.adapters)
+    parts: dict[str, Params | model_checkpoint.Leaves] = {}
+    for name, tree in params.items():
+        parts[name] = model_checkpoint.iter_arrays(directory, name, info) if name in copied else tree
+        if own := within(name, adapters):
+            leaves = parts[name] if name in copied else by_path(tree).items()
+            parts[name] = merged(((path, leaf.astype(np.float32)) for path, leaf in leaves), own)
+    copied -= {path.split("/")[0] for path in vino.adapters}
     sources = {name: {"source": str(final.parent), "sha256": ""} for name in params}
     sources |= {name: {"source": info.parts[name].source, "sha256": info.parts[name].sha256} for name in copied}
     left_out = {name: model_checkpoint.read_left_out(directory, name) for name in info.parts}

@@ -14,3 +14,7 @@ SAMPLE_BF16_RMS = 0.05  # sampling in bfloat16 against float32, root mean square
 LATENTS_ABS = 2e-6  # moments encoded in batches of another size: 1 or 2 rows a device differ from 4 or 8 by 4.8e-7, values are up to 1.4
 MODEL_FLOPS_REL = 0.02  # model FLOPs by formula against XLA's count of a forward pass, which has elementwise work too (0.7 % of it)
 PRODUCT_FLOPS_REL = 1e-3  # the same against all matrix products of a traced step: 5e-4 are products of no weight, such as the guidance's
+BF16_MOMENTS_LOSS_REL = 1e-3  # loss curve of moments in bfloat16 against float32, six steps
+ADAPTER_LOSS_REL = 1e-5  # loss with adapters against the same in changed kernels
+INT8_LOSS_REL = 2e-3  # loss with products in int8 against float32
+INT8_GRADIENT_REL = 0.05  # norm of the difference of a kernel's gradient, over its norm

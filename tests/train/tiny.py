@@ -1,9 +1,11 @@
 """A tiny VINO, its stage, and batches, for the tests of training."""
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from configs import common, models
 from vino_jax.batch import BucketSpec
+from vino_jax.models.context import References
 from vino_jax.models.vino import Vino
 from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import VinoConfig, build
@@ -21,6 +23,14 @@ def params(model: Vino, seed: int = 0):
     """Random values by numpy: initialising by JAX costs more compilation than a test should."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: (rng.standard_normal(x.shape) * 0.05 + (0.9 if x.ndim == 1 else 0.0)).astype(np.float32), model.abstract)
+
+
+def velocity(module, width: int):
+    """Of an MMDiT of tiny's sizes for two rows of noise without references. width: of its context."""
+    rng = np.random.default_rng(5)
+    latents, context = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 4, 8, 4), (2, 9, width)))
+    none = References(jnp.zeros((2, 0, 16)), jnp.zeros((2, 0, 64)), jnp.zeros((2, 0), jnp.int32), jnp.zeros((2, 0, 3), jnp.int32))
+    return module(jnp.asarray(latents), jnp.asarray([0.625, 0.25]), none, jnp.zeros((2,), jnp.int32), jnp.asarray(context), jnp.ones((2, 9), bool))
 
 
 def stage(steps: int = 4, rules: str = "stage3", **entries) -> StageConfig:

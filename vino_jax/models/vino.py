@@ -3,6 +3,7 @@
 Dims: B rows, L prompt tokens, Q queries, C context width, D MMDiT width, R reference tokens, K pool tokens, P values a latent
 token (channels x patch), F H W latent or pixel frames, height, width.
 """
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import jax
@@ -15,7 +16,9 @@ from vino_jax.models.mmdit import MMDiT
 from vino_jax.models.qwen_vl import QwenVL
 from vino_jax.models.vae import VAE
 from vino_jax.models.vae_tiling import Tiling, decode_tiled, encode_tiled
+from vino_jax.nn.lora import Adapter, attach, within
 from vino_jax.nn.module import Definition, Params
+from vino_jax.nn.quantize import QUANTIZERS
 from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import VinoConfig
 
@@ -35,14 +38,15 @@ class Vino:
     "queries": ..., "vlm": ..., "vae": ...}, plain nested dicts; a method needs only the parts that it uses.
 
     tiling: of the VAE (models/vae_tiling.py); by default clips go through in windows of 16 frames, as the published VAE takes them.
+    adapters: of the MMDiT's kernels (nn/lora.py), by whole path: "mmdit/...".
     """
 
-    def __init__(self, config: VinoConfig, runtime: Runtime, tiling: Tiling | None = None):
-        self.config, self.runtime = config, runtime
+    def __init__(self, config: VinoConfig, runtime: Runtime, tiling: Tiling | None = None, adapters: Mapping[str, Adapter] | None = None):
+        self.config, self.runtime, self.adapters = config, runtime, dict(adapters or {})
         self._tiling = tiling or Tiling(side=None)
         vlm_width, ratio = config.vlm.text.width, config.connector_ratio
         self.parts = {
-            "mmdit": Definition(lambda r: MMDiT(config.mmdit, runtime, rngs=r)),
+            "mmdit": Definition(lambda r: attach(MMDiT(config.mmdit, runtime, rngs=r), within("mmdit", self.adapters), r)),
             "connector": Definition(lambda r: Connector(vlm_width, config.mmdit.text_width, ratio, rngs=r)),
             "vae_connector": Definition(lambda r: Connector(vlm_width, config.mmdit.width, ratio, rngs=r)),
             "queries": Definition(lambda r: Queries(config.queries, vlm_width, rngs=r)),
@@ -52,7 +56,7 @@ class Vino:
 
     def with_remat(self, policy: str) -> "Vino":
         """The same model, whose MMDiT recomputes by another policy (nn/stack.py) in the backward pass."""
-        return self if policy == self.runtime.remat else Vino(self.config, replace(self.runtime, remat=policy), self._tiling)
+        return self if policy == self.runtime.remat else Vino(self.config, replace(self.runtime, remat=policy), self._tiling, self.adapters)
 
     @property
     def abstract(self) -> Params:
@@ -134,7 +138,7 @@ class Vino:
         if pool_BKP is None:
             pool_BKP = jnp.zeros((latents_BFHWC.shape[0], 0, self._token_values), jnp.float32)
         references = select_references(pool_BKP.astype(dtype), conditioning.markers_BLD, batch)
-        mmdit = self.parts["mmdit"](params["mmdit"])
+        mmdit = QUANTIZERS[self.runtime.quantize](self.parts["mmdit"](params["mmdit"]))
         return mmdit(latents_BFHWC.astype(dtype), time_B, references, batch.target_start, conditioning.context_BLC, conditioning.context_mask_BL)
 
     @property

@@ -24,14 +24,31 @@ def _ones(key, shape, dtype):
     return jnp.ones(shape, dtype)
 
 
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel, but traced anew at every call: JAX keeps one trace of `@` for all products of the same shapes, and so would mix up those
+    that nn/quantize.py changes with those that it does not."""
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
 class Linear(nnx.Module):
-    """y = x W + b with W (inputs, outputs), in the dtype of x. axes: logical names of the two dims of W; W starts N(0, gain^2/inputs)."""
+    """y = x W + b with W (inputs, outputs), in the dtype of x. axes: logical names of the two dims of W; W starts N(0, gain^2/inputs).
+    With an adapter (nn/lora.py) y = x W + b + scale (x A) B."""
 
     def __init__(self, inputs: int, outputs: int, axes: tuple[str | None, str | None], *, bias: bool = True, gain: float = 1.0,
                  rngs: nnx.Rngs):
         self.kernel = param(rngs, (inputs, outputs), axes, lambda k, s, d: gain * _fan_in(k, s, d))
         self.bias = param(rngs, (outputs,), axes[1:], _zeros) if bias else None
+        self.lora_a = self.lora_b = nnx.data(None)
         self.axes = axes
+
+    def adapt(self, rank: int, scale: float, rngs: nnx.Rngs) -> None:
+        """Give it an adapter: A starts N(0, 1/inputs), B zero; one a layer where the kernel is stacked."""
+        *layers, inputs, outputs = self.kernel.shape
+        row, column = self.axes
+        a = jax.random.normal(rngs.params(), (*layers, inputs, rank), jnp.float32) / math.sqrt(inputs)
+        self.lora_a = nnx.Param(a, axes=(row, None))
+        self.lora_b = nnx.Param(jnp.zeros((*layers, rank, outputs), jnp.float32), axes=(None, column))
+        self.lora_scale = scale
 
     def weights(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
         """W and b as a product takes them (sharding/constrain.py)."""
@@ -39,7 +56,15 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel, bias = self.weights(x.dtype)
-        return x @ kernel if bias is None else x @ kernel + bias
+        y = _product(x, kernel)
+        y = y if bias is None else y + bias
+        return y if self.lora_a is None else y + self._change(x)
+
+    def _change(self, x: jax.Array) -> jax.Array:
+        """What the adapter adds. Its two products are small beside W's, and so are their gradients; W has none."""
+        a = weight(self.lora_a[...], (self.axes[0], None), x.dtype)
+        b = weight(self.lora_b[...], (None, self.axes[1]), x.dtype)
+        return _product(self.lora_scale * _product(x, a), b)
 
 
 class RMSNorm(nnx.Module):

@@ -1,25 +1,28 @@
-"""Switches of how a model is computed, none of which changes what it computes."""
+"""Switches of how a model is computed; none changes what it computes by more than rounding."""
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 
 from vino_jax.errors import UserError
 from vino_jax.nn.attention import KERNELS
+from vino_jax.nn.quantize import QUANTIZERS
 from vino_jax.nn.stack import check_remat
 
-_KNOWN = {"dtype": ("float32", "bfloat16"), "attention": KERNELS}
+_KNOWN = {"dtype": ("float32", "bfloat16"), "attention": KERNELS, "quantize": QUANTIZERS}
 
 
 @dataclass(frozen=True)
 class Runtime:
     """dtype: of activations and products; norms, softmax, RoPE and losses stay float32.
     remat: policy of nn/stack.py ("nothing" saves everything, "full" recomputes each block in the backward pass, "budget:G" saves what G
-    gigabytes a device hold). attention: kernel name of nn/attention.py. Raises UserError for an unknown name.
+    gigabytes a device hold). attention: kernel name of nn/attention.py. quantize: name in nn/quantize.py, of products in the MMDiT's
+    blocks; "" for none. Raises UserError for an unknown name.
     """
 
     dtype: str = "float32"
     remat: str = "full"
     attention: str = "auto"
+    quantize: str = ""
 
     def __post_init__(self):
         for name, known in _KNOWN.items():

@@ -64,7 +64,7 @@ def data_shards(mesh: Mesh, rules: dict, devices: Container[jax.Device] | None =
     Processes may hold the same parts (where a mesh axis that does not split rows spans them), or parts that are no neighbours.
     """
     devices = jax.local_devices() if devices is None else devices
-    axes = _mesh_axes(rules["batch"])
+    axes = mesh_axes(rules["batch"])
     count = math.prod(mesh.shape[a] for a in axes)
     placed = NamedSharding(mesh, PartitionSpec(axes)).devices_indices_map((count,))
     return tuple(sorted({rows.start or 0 for device, (rows,) in placed.items() if device in devices})), count

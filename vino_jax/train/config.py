@@ -7,6 +7,7 @@ from vino_jax.batch import BucketSpec, check_sampled
 from vino_jax.errors import UserError
 from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import SamplingConfig, build, nearest
+from vino_jax.train.optim import OPTIMIZERS
 from vino_jax.train.stage import StageConfig
 
 
@@ -70,6 +71,7 @@ class LogConfig:
     preview_count: int = 4
     preview_sampling_steps: int = 20
     preview_guidance: float = 3.0
+    profile_port: int = 0  # of a server that profiles are taken from; 0: none
     hang_minutes: float = 0.0  # without a finished step (compiling aside) after which the run ends with exit code 43; 0: never
     compile_cache: str = ""
 
@@ -92,7 +94,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     """RunConfig from plain nested dicts; buckets and stages take their names from their keys.
 
     Raises UserError for an unknown or missing key, a value that would fail only later in the run, and a stage that names a bucket
-    that is not there.
+    or an optimizer that is not there.
     """
     values = dict(values)
     for table in ("buckets", "stages"):
@@ -101,6 +103,11 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         values[table] = {name: _named(entry, table, name) for name, entry in sorted(values[table].items())}
     config = build(RunConfig, values)
     for stage in config.stages.values():
+        if stage.optimizer not in OPTIMIZERS:
+            raise UserError(f"stage {stage.name!r} has the unknown optimizer {stage.optimizer!r}{nearest(stage.optimizer, OPTIMIZERS)}")
+        if stage.lora and config.runtime.quantize:
+            raise UserError(f"stage {stage.name!r} has 'lora', which does not go with runtime.quantize {config.runtime.quantize!r}: take one "
+                            "of them out")
         for name in stage.buckets:
             if name not in config.buckets:
                 raise UserError(f"stage {stage.name!r} uses unknown bucket {name!r}{nearest(name, config.buckets)}")

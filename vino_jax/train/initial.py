@@ -1,7 +1,7 @@
 """The parameters that a run starts from: parts of a model checkpoint, straight onto the mesh, fresh ones for the rest, and of a run
 that goes on what its finished stages left."""
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from vino_jax.checkpoint import model as model_checkpoint
 from vino_jax.checkpoint.run import RunCheckpoints
 from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
+from vino_jax.nn.lora import kernel_of
 from vino_jax.nn.module import Params, by_path
+from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import VinoConfig, build
 from vino_jax.sharding.resolve import shardings
-from vino_jax.train.stage import StageConfig, merge, rates, split
+from vino_jax.train.stage import StageConfig, adapters, merge, rates, split
 
 _FRESH = np.uint32(2**32 - 1)  # folded into the seed's key for fresh parameters; its folds by step, which none reaches, are stage 1's
 
@@ -44,24 +46,30 @@ def _overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     return {**base, **{k: _overlay(base[k], v) if isinstance(v, Mapping) and isinstance(base.get(k), Mapping) else v for k, v in over.items()}}
 
 
+def training_model(config: VinoConfig, runtime: Runtime, stages: Iterable[StageConfig]) -> Vino:
+    """The model with the adapters of all `stages`. Raises UserError for adapters that it cannot have."""
+    return Vino(config, runtime, adapters=adapters(stages, Vino(config, runtime).abstract))
+
+
 def trained_parts(vino: Vino, stages: list[StageConfig]) -> set[str]:
-    """Parts of which some stage trains something."""
-    return {path.split("/")[0] for path in held_paths(vino, stages)}
+    """Parts of which some stage trains something other than adapters."""
+    return {path.split("/")[0] for path in held_paths(vino, stages) if kernel_of(path) is None}
 
 
 def param_structs(vino: Vino, stages: list[StageConfig], mesh: Mesh, rules: dict) -> Params:
-    """ShapeDtypeStructs of all parameters, sharded: float32 in parts that some stage trains, else in the compute dtype."""
-    trained, placed = trained_parts(vino, stages), shardings(vino.abstract, vino.axes, mesh, rules)
+    """ShapeDtypeStructs of all parameters, sharded: float32 in parts that some stage trains and in adapters, else in the compute dtype."""
+    trained, placed = trained_parts(vino, stages), by_path(shardings(vino.abstract, vino.axes, mesh, rules))
 
-    def structs(name: str) -> Params:
-        dtype = jnp.dtype(jnp.float32) if name in trained else vino.runtime.compute_dtype
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), vino.abstract[name], placed[name])
+    def struct(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        dtype = jnp.float32 if path.split("/")[0] in trained or kernel_of(path) else vino.runtime.compute_dtype
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed[path])
 
-    return {name: structs(name) for name in vino.parts}
+    structs = model_checkpoint.nested({path: struct(path, leaf.shape) for path, leaf in by_path(vino.abstract).items()})
+    return {name: structs[name] for name in vino.parts}
 
 
 def initial_params(vino: Vino, directory: str | Path, stages: list[StageConfig], mesh: Mesh, rules: dict, seed: int,
-                   require: tuple[str, ...], *, skip: Container[str] = ()) -> Params:
+                   require: tuple[str, ...], *, skip: Collection[str] = ()) -> Params:
     """All parameters as `param_structs` says, but float32 where they are fresh; without those at the paths of `skip`.
 
     Raises UserError where the checkpoint lacks a part of `require`.
@@ -71,15 +79,19 @@ def initial_params(vino: Vino, directory: str | Path, stages: list[StageConfig],
     if missing:
         raise UserError(f"{directory} has no {', '.join(missing)}, which config key 'init.require' asks for")
     structs = param_structs(vino, stages, mesh, rules)
-    params = model_checkpoint.restore(directory, {name: structs[name] for name in vino.parts if name in info.parts}, skip=skip)
-    fresh = tuple(name for name in vino.parts if name not in info.parts)
+    leaves = by_path(structs)
+    fresh = {path for path in leaves if path.split("/")[0] not in info.parts or kernel_of(path)}
+    stored = split(structs, {path: path not in fresh for path in leaves})[0]
+    params = model_checkpoint.restore(directory, stored, skip=skip)
+    fresh = fresh.difference(skip)
+    made = tuple(name for name in vino.parts if any(path.startswith(f"{name}/") for path in fresh))
 
     def kept(tree: Params) -> Params:
-        return split(tree, {path: path in skip for path in by_path(tree)})[1]
+        return split(tree, {path: path in fresh for path in by_path(tree)})[0]
 
-    placed = kept({name: jax.tree.map(lambda struct: struct.sharding, structs[name]) for name in fresh})
+    placed = kept({name: jax.tree.map(lambda struct: struct.sharding, structs[name]) for name in made})
     if placed:
-        params |= jax.jit(lambda key: kept(vino.init(key, fresh)), out_shardings=placed)(fresh_key(seed))
+        params = merge(params, jax.jit(lambda key: kept(vino.init(key, made)), out_shardings=placed)(fresh_key(seed)))
     return {name: params[name] for name in vino.parts if name in params}
 
 

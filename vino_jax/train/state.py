@@ -14,7 +14,7 @@ from vino_jax.nn.module import Params
 @dataclass
 class TrainState:
     """step: int32, steps done in this stage. rng: uint32 data of the stage's random key, from which every step draws.
-    ema: as trainable, or empty. All float32 except the counters."""
+    ema: as trainable, or empty. All float32 except the counters, and moments where the optimizer says so."""
 
     step: jax.Array
     rng: jax.Array
@@ -30,10 +30,14 @@ def new_state(trainable: Params, tx: optax.GradientTransformation, rng: jax.Arra
 
 
 def state_shardings(abstract: TrainState, trainable_shardings: Params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Moments and average lie as their parameters do, counters everywhere."""
+    """Moments and average lie as their parameters do, counters everywhere; a dim of 1, over which a moment is a mean, lies whole."""
     whole = NamedSharding(mesh, PartitionSpec())
+
+    def of_moment(leaf, sharding):
+        return NamedSharding(mesh, PartitionSpec(*(None if size == 1 else axes for size, axes in zip(leaf.shape, sharding.spec))))
+
     opt_state = optax.tree_utils.tree_map_params(
-        tx, lambda _, sharding: sharding, abstract.opt_state, trainable_shardings, transform_non_params=lambda _: whole)
+        tx, of_moment, abstract.opt_state, trainable_shardings, transform_non_params=lambda _: whole)
     return TrainState(whole, whole, trainable_shardings, opt_state, trainable_shardings if abstract.ema else {})
 
 
