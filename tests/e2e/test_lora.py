@@ -9,7 +9,6 @@ from tests.data.folders import SMALL_VLM
 from tests.train import tiny
 from vino_jax.checkpoint import model as checkpoint
 from vino_jax.errors import UserError
-from vino_jax.nn.module import by_path
 from vino_jax.train.config import run_config
 
 
