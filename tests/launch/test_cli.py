@@ -50,7 +50,7 @@ def test_an_address_is_no_path(name, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("name, arguments, words", [
     ("train", "--config configs/shapes.py", "the following arguments are required: --workdir"),
     ("train", "--config configs/shapes.py --workdir x --quite", "unknown flag '--quite'"),
-    ("convert", "", "the following arguments are required: {import,export,verify}"),
+    ("convert", "", "the following arguments are required: {import,export,verify,export-lora,merge-lora}"),
     ("convert", "imprt", "invalid choice: 'imprt'"),
     ("convert", "export --checkpoint x --output y", "the following arguments are required: --format"),
     ("convert", "export --checkpoint x --output y --format gguf", "invalid choice: 'gguf'"),
