@@ -94,6 +94,18 @@ def test_a_sequence_on_several_devices_is_that_on_one(mesh, kernel):
         _same(_value_and_gradients(*inputs, kernel=kernel), alone)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", ["valid", "mask"])
+def test_rows_that_a_mesh_does_not_divide_lie_whole(kind, rows):
+    q, k, v, valid = (jnp.concatenate([x, x])[:rows] for x in _self_attention(24))
+    seen = {"valid": valid} if kind == "valid" else {"mask": valid[:, None, None, :]}
+    alone = attention.attend(q, k, v, **seen)
+    with use_sharding(make_mesh({"data": 2, "fsdp": 2, "seq": 2}), preset("fsdp")):
+        there = jax.jit(lambda q, k, v, seen: attention.attend(q, k, v, **seen))(q, k, v, seen)
+    assert there.shape == alone.shape
+    np.testing.assert_allclose(there, alone, rtol=0, atol=KERNEL_ABS)
+
+
 def test_tiles_divide_their_length_and_cost_little():
     for length in (1, 127, 128, 5297, 6065, 36864, 38144, 65280):
         found = splash.tiles(length)

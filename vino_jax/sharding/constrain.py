@@ -93,7 +93,7 @@ def part(joined_BSD: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
 def map_shards(call: Callable, arrays: Sequence[jax.Array], axes: Sequence[Sequence[str | None]], out_axes: Sequence[str | None], *,
                over: str) -> Any:
     """call(*shards of arrays, seq=(mesh axis of the logical axis `over`, its size)) on every device; the whole arrays and size 1 without a
-    mesh. An axis lies whole where some array does not divide; dims of size 1 are broadcast."""
+    mesh. An axis lies whole where some array does not divide; dims of size 1 beside larger ones are broadcast."""
     active = _active.get()
     if active is None or active[0].size == 1:
         return call(*arrays, seq=("", 1))
@@ -107,14 +107,18 @@ def map_shards(call: Callable, arrays: Sequence[jax.Array], axes: Sequence[Seque
 
 
 def _fitting(arrays: Sequence[jax.Array], axes: Sequence[Sequence[str | None]], mesh: Mesh, rules: dict) -> dict[str | None, Any]:
-    """The rules of the named axes, None for those that some array does not divide."""
-    fits: dict[str | None, Any] = {None: None}
+    """The rules of the named axes, None for those that some array does not divide, or that have size 1 in all of them."""
+    sizes: dict[str | None, set[int]] = {}
     for x, names in zip(arrays, axes, strict=True):
         for size, name in zip(x.shape, names, strict=True):
-            entry = fits.get(name, rules[name] if name else None)
-            ways = math.prod(mesh.shape[a] for a in mesh_axes(entry))
-            fits[name] = None if size % ways and (size > 1 or len(arrays) == 1) else entry
-    return fits
+            sizes.setdefault(name, set()).add(size)
+
+    def entry(name: str | None) -> Any:
+        large = sizes[name] - {1}
+        ways = math.prod(mesh.shape[a] for a in mesh_axes(rules[name])) if name else 1
+        return rules[name] if name and large and not any(size % ways for size in large) else None
+
+    return {None: None, **{name: entry(name) for name in sizes}}
 
 
 def weight(stored: jax.Array, axes: Sequence[str | None], dtype: jnp.dtype) -> jax.Array:

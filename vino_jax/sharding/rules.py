@@ -1,7 +1,7 @@
 """Presets: which mesh axis each logical axis lies on. One table; the sizes of the mesh are the config's.
 
 Parameters are stored over "fsdp" along the model width, over "tensor" along heads and hidden widths; activations are split over
-"data" and "fsdp" by rows, over "seq" by visual tokens, over "tensor" by heads and hidden widths. A mesh axis of size 1 costs nothing.
+"data" and "fsdp" by rows, over "seq" by tokens, over "tensor" by heads and hidden widths. A mesh axis of size 1 costs nothing.
 """
 from vino_jax.errors import UserError
 from vino_jax.settings import nearest
@@ -20,7 +20,7 @@ _WIDE = ("heads", "kv_heads", "mlp", "modulation", "vlm_mlp", "vocab")  # second
 PRESETS: dict[str, dict] = {
     # every parameter on every device: data parallel only
     "replicated": {**dict.fromkeys(_PARAMS), **_ACTIVATIONS},
-    # ZeRO-3 over "fsdp", optionally tensor parallel, visual tokens over "seq"
+    # ZeRO-3 over "fsdp", optionally tensor parallel, tokens over "seq"
     "fsdp": {**_PARAMS, **_ACTIVATIONS},
     # the same, weights and moments stored over "seq" too
     "fsdp_seq": {**_PARAMS, **dict.fromkeys(_WIDE, ("tensor", "seq")), **_ACTIVATIONS},
