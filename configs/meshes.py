@@ -25,11 +25,13 @@ def _remat(pictures: str, clips: str) -> dict[str, str]:
     return {"picture": pictures, "edit": pictures, "clip": clips, "clip_edit": clips}
 
 
-# fsdp is 8 everywhere: shards of the width of 3,072 stay multiples of 128. Where a chip has little memory, 8 of them share a sample.
+# fsdp is 8 everywhere: shards of the width of 3,072 stay multiples of 128. Between slices lies "data", and nothing is stored over it. Where a
+# chip has little memory, 8 of them share a sample.
 _WHOLE, _SHARED = {"picture": 1, "clip": 1, "edit": 1, "clip_edit": 1}, {"picture": 8, "clip": 1, "edit": 4, "clip_edit": 1}
 PLACEMENTS = {
     "v5e:16x16": Placement(_mesh("fsdp_seq", 4, 8, 8), _SHARED, _remat(pictures="save_branches", clips="save_branches")),
     "v5p:4x4x4": Placement(_mesh("fsdp_all", 8, 8), _WHOLE, _remat(pictures="save_products", clips="budget:50")),
+    "2xv5p:4x4x4": Placement(_mesh("fsdp", 16, 8), _WHOLE, _remat(pictures="save_products", clips="budget:35")),  # two slices
     "v5p:8x8x8": Placement(_mesh("fsdp", 64, 8), _WHOLE, _remat(pictures="save_products", clips="budget:35")),
     "v6e:8x8": Placement(_mesh("fsdp_seq", 1, 8, 8), _SHARED, _remat(pictures="save_products", clips="save_products")),
     "v6e:16x16": Placement(_mesh("fsdp_seq", 4, 8, 8), _SHARED, _remat(pictures="save_products", clips="save_products")),

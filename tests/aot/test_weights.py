@@ -6,6 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vino_jax.aot.chips import topology_devices
 from vino_jax.aot.cost import program_cost
+from vino_jax.errors import UserError
 from vino_jax.nn.layers import Linear
 from vino_jax.nn.module import Definition
 from vino_jax.sharding.constrain import use_sharding
@@ -35,3 +36,11 @@ def test_a_kernel_stored_over_two_axes_is_gathered_and_its_gradient_scattered(na
     for collective in program_cost(program.as_text()).collectives:
         sent[collective.kind] = sent.get(collective.kind, 0) + collective.bytes
     assert sent == {"all-gather": BYTES / 2 + BYTES, "reduce-scatter": BYTES + BYTES / 2}
+
+
+def test_slices_lie_along_data_and_everything_else_inside_of_one():
+    devices = topology_devices("2xv5e:2x2")
+    mesh = make_mesh({"data": 4, "fsdp": 2}, devices)
+    assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(UserError, match="mesh axis 'data' of size 1 does not divide over 2 slices"):
+        make_mesh({"fsdp": 8}, devices)

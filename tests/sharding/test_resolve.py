@@ -64,12 +64,15 @@ def test_mesh_sizes_fill_in_what_is_left():
     assert parse_mesh("data=1,seq=8") == {"data": 1, "seq": 8}
 
 
-@pytest.mark.parametrize("name,sizes", [("fsdp", {"fsdp": 8}), ("fsdp", {"fsdp": 4, "tensor": 2}), ("fsdp_seq", {"fsdp": 4, "seq": 2})])
+@pytest.mark.parametrize("name,sizes", [("fsdp", {"fsdp": 8}), ("fsdp", {"fsdp": 4, "tensor": 2}), ("fsdp_seq", {"fsdp": 4, "seq": 2}),
+                                        ("fsdp_seq", {"fsdp": 2, "seq": 2, "tensor": 2}), ("fsdp_all", {"data": 2, "fsdp": 4})])
 def test_at_full_size_no_more_than_2_percent_is_replicated(name, sizes):
     vino = Vino(VinoConfig(), Runtime())
-    report = describe(vino.abstract, shardings(vino.abstract, vino.axes, make_mesh(sizes), preset(name)))
+    state, axes = ({**tree, "moments": [tree["mmdit"]] * 2} for tree in (vino.abstract, vino.axes))
+    report = describe(state, shardings(state, axes, make_mesh(sizes), preset(name)))
     assert report["replicated_share"] < 0.02
-    assert report["bytes_a_device"] < 1.03 * report["bytes"] / 8
+    # the VAE and the embedders lie over "fsdp" alone
+    assert report["bytes_a_device"] < (1.04 if len(sizes) > 2 else 1.03) * report["bytes"] / 8
 
 
 def test_constrain_places_and_leaves_whole_what_does_not_divide():

@@ -34,8 +34,8 @@ CHIPS = {
 
 
 def chip_of(topology: str) -> Chip:
-    """Of a topology's name, such as "v5p:4x4x4". Raises UserError for a chip that is not in CHIPS."""
-    name = topology.partition(":")[0]
+    """Of a topology's name, such as "v5p:4x4x4" or, for two slices of it, "2xv5p:4x4x4". Raises UserError for a chip that is not in CHIPS."""
+    name = _slices(topology)[1].partition(":")[0]
     if name not in CHIPS:
         raise _unknown(topology)
     return CHIPS[name]
@@ -48,11 +48,18 @@ def topology_devices(topology: str) -> list[jax.Device]:
     for name, value in {**_QUIET, "TPU_ACCELERATOR_TYPE": chip.accelerator}.items():
         os.environ.setdefault(name, value)
     try:
-        return list(topologies.get_topology_desc(topology, "tpu").devices)
+        slices, shape = _slices(topology)
+        return list(topologies.get_topology_desc(shape, "tpu", **({"num_slices": slices} if slices > 1 else {})).devices)
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" in str(error):
             raise _unknown(topology) from None
         raise UserError(f"the TPU compiler does not start ({str(error).splitlines()[0]}); install it: pip install libtpu") from None
+
+
+def _slices(topology: str) -> tuple[int, str]:
+    """How many slices, and the topology of each."""
+    count, found, shape = topology.partition("xv")
+    return (int(count), "v" + shape) if found and count.isdigit() and int(count) else (1, topology)
 
 
 def _unknown(topology: str) -> UserError:
