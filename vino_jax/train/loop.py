@@ -140,7 +140,7 @@ def check_batches(stage: StageConfig, buckets: Iterable[BucketSpec], mesh: Mesh,
 def place_batch(batch: Batch, mesh: Mesh, rules: dict) -> Batch:
     """The rows that this process's devices hold (numpy, see `data_shards`) -> global arrays on the mesh."""
     held, count = data_shards(mesh, rules)
-    size = len(batch.tokens) // len(held)  # rows a shard
+    size = len(jax.tree.leaves(batch)[0]) // len(held)  # rows a shard
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size * count, *np.shape(x)[1:]), np.asarray(x).dtype), batch)
 
     def place(x, struct, sharding):
