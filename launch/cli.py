@@ -6,6 +6,7 @@ import re
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
@@ -99,10 +100,8 @@ def roomy_thread_pool(environment: MutableMapping[str, str]) -> None:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run an entry point and exit: 0 (or what main returns), 2 with one line `error: ...` for a UserError, 130 for Ctrl-C.
-
-    Anything else is a bug and keeps its traceback.
-    """
+    """Run an entry point and exit: 0 (or what main returns), 2 with one line `error: ...` for a UserError, 130 for Ctrl-C, 1 with its
+    traceback for anything else, which is a bug."""
     common_setup()
     try:
         code = main() or 0
@@ -111,6 +110,9 @@ def run(main: Callable[[], int | None]) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
     if code:
         keep_code(code)
     sys.exit(code)

@@ -85,3 +85,11 @@ def test_the_published_model_s_step():
     attention, weights = 60 * 4 * tokens**2 * 3072, 60 * 2 * tokens * 12 * 3072**2
     whole = step_flops(VinoConfig(), bucket, dict.fromkeys(("mmdit/double/x", "mmdit/single/x", "mmdit/latent_in/x", "mmdit/out/x"), 1.0))
     assert 3 * (attention + weights) < whole < 1.01 * 3 * (attention + weights)
+
+
+def test_an_adapter_lets_gradients_flow_and_leaves_its_kernel_without_one():
+    bucket = BucketSpec("b", 1, 1, 64, 64, 32)
+    path_rates = {"mmdit/double/visual/out/kernel": 0.0, "mmdit/double/visual/out/lora_a": 1.0}
+    work = {one.name: one for one in row_work(VinoConfig(), bucket, path_rates)}
+    double, single = work["mmdit/double/"], work["mmdit/single/"]
+    assert (double.weights, double.inputs) == (single.weights, single.inputs) == (False, True) and double.total == 2 * double.forward

@@ -68,13 +68,14 @@ def run(monkeypatch, asked, at, seed):
     for thread in threads:
         thread.join(30)
         assert not thread.is_alive()
-    return stopped
+    return stopped, [stop.late for stop in stops]
 
 
 @pytest.mark.parametrize("at", [1, 5, STEPS - 2, STEPS - 1, STEPS, None])
 def test_all_stop_after_one_step_or_none(at, monkeypatch):
     for seed in range(4):
-        stopped = run(monkeypatch, seed % COUNT, at, seed)
+        stopped, late = run(monkeypatch, seed % COUNT, at, seed)
         assert len(set(stopped)) == 1, stopped
+        assert late == [at is not None and stopped[0] is None] * COUNT  # asked too late for a step: all are told at the stage's end
         assert stopped[0] is None if at is None else stopped[0] is None or stopped[0] >= at
         assert stopped[0] is not None or at not in (1, 5)

@@ -31,6 +31,7 @@ MESHES = {
     "replicated": {"data": 8},
     "fsdp": {"data": 2, "fsdp": 2, "tensor": 2},
     "fsdp_seq": {"fsdp": 2, "seq": 2, "tensor": 2},
+    "fsdp_all": {"data": 2, "fsdp": 2, "seq": 2},
 }
 
 
@@ -168,6 +169,18 @@ def test_sigterm_saves_before_a_preview_that_is_due(tmp_path):
     assert seen == [0, 1, 2]
     with RunCheckpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         assert checkpoints.latest() == 3
+
+
+def test_sigterm_in_a_stage_s_last_preview_ends_the_run_once_it_is_saved(tmp_path):
+    def preview(params, stage, step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted):
+        run(tmp_path, preview=preview, checkpoint_every=0, preview_every=4)
+    with RunCheckpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.latest() == 4
+    run(tmp_path, preview=lambda *_: pytest.fail("the stage is done"), preview_every=4)
 
 
 def test_the_time_of_previews_does_not_count(monkeypatch):

@@ -25,7 +25,8 @@ def make(workdir, **done):
 
 @pytest.mark.parametrize("changes", [
     {}, {"log__every": 3, "log__checkpoint_every": 7}, {"mesh__fsdp": 2, "mesh__preset": "replicated"},
-    {"data__threads": 3, "data__prefetch": 2}, {"stages__stage2__steps": 900}, {"stages__stage3__steps": 45}])
+    {"data__threads": 3, "data__prefetch": 2}, {"stages__stage2__steps": 900}, {"stages__stage3__steps": 45},
+    {"runtime__remat": "full", "stages__stage1__remat": {"picture": "full"}}])
 def test_what_changes_no_number_may_differ(tmp_path, changes):
     make(tmp_path, stage1=150, stage2=40)
     claim(tmp_path, config(**changes))
@@ -39,7 +40,7 @@ def test_what_changes_no_number_may_differ(tmp_path, changes):
     ({"stages__stage2__steps": 100}, "stages.stage2.steps was 150, is 100"),
     ({"stages__stage3__learning_rate": 0.5}, "stages.stage3.learning_rate was 0.25, is 0.5"),
     ({"init__vae": "elsewhere"}, "init.vae was '.*hunyuan', is 'elsewhere'"),
-    ({"buckets__edit__batch": 64, "data__threads": 3, "runtime__remat": "full"}, "buckets.edit.batch was 32, is 64; runtime.remat was"),
+    ({"buckets__edit__batch": 64, "data__threads": 3, "runtime__dtype": "bfloat16"}, "buckets.edit.batch was 32, is 64; runtime.dtype was"),
 ])
 def test_another_difference_is_told_and_nothing_written(tmp_path, changes, words):
     make(tmp_path, stage1=150, stage2=40)

@@ -6,7 +6,8 @@ not, and every pair of patches of the vision tower, masked or not: as programs w
 The backward pass adds the forward's FLOPs once for the gradient of a product's weights, where a stage trains them, and once for that of its
 input, where something in front of it trains. So a frozen prompt costs its forward pass alone; the queries run backward to activations
 only; stage 1, which trains the connector alone, runs backward through the MMDiT's frozen weights to activations only. Of the first block's
-visual stream, which no gradient need enter then, the formula counts it all the same (0.3 % of the 13 B model's step).
+visual stream, which no gradient need enter then, the formula counts it all the same (0.3 % of the 13 B model's step). The products of
+adapters (LoRA), which are small, do not count.
 """
 import math
 from collections.abc import Callable, Mapping
@@ -45,7 +46,14 @@ def row_work(config: VinoConfig, bucket: BucketSpec, rates: Mapping[str, float])
     def trains(*prefixes: str) -> bool:
         return any(rate and path.startswith(prefixes) for path, rate in rates.items())
 
-    return [*_vlm(config.vlm, config.queries, bucket, trains("queries/")), *_connectors(config, bucket, trains), *_mmdit(config, bucket, trains)]
+    # an adapter lets gradients flow, and leaves its kernel without one
+    kernels = {path: rate for path, rate in rates.items() if not path.rpartition("/")[2].startswith("lora_")}
+
+    def learns(prefix: str) -> bool:
+        return any(rate and path.startswith(prefix) for path, rate in kernels.items())
+
+    return [*_vlm(config.vlm, config.queries, bucket, trains("queries/")), *_connectors(config, bucket, trains),
+            *_mmdit(config, bucket, trains, learns)]
 
 
 def _vlm(config: VLMConfig, queries: int, bucket: BucketSpec, queries_train: bool) -> list[Work]:
@@ -78,7 +86,7 @@ def _connectors(config: VinoConfig, bucket: BucketSpec, trains: Callable[..., bo
     return work
 
 
-def _mmdit(config: VinoConfig, bucket: BucketSpec, trains: Callable[..., bool]) -> list[Work]:
+def _mmdit(config: VinoConfig, bucket: BucketSpec, trains: Callable[..., bool], learns: Callable[[str], bool]) -> list[Work]:
     """Modulations and embedders run once a row, all else once a token; the guidance, one a batch, does not count."""
     mmdit, width, volume = config.mmdit, config.mmdit.width, math.prod(config.mmdit.patch)
     visual, context = bucket.target_tokens + bucket.reference_tokens, bucket.prompt_tokens + config.queries
@@ -93,9 +101,9 @@ def _mmdit(config: VinoConfig, bucket: BucketSpec, trains: Callable[..., bool]) 
 
     def blocks(path: str, count: int, tokens: int, weights: int, modulation: int, flows: bool, signal_flows: bool) -> list[Work]:
         """weights: numbers that a token meets in a block; modulation: model widths that a block makes of a row's signal."""
-        return [Work(path, count * 2 * tokens * weights, trains(path), flows),
+        return [Work(path, count * 2 * tokens * weights, learns(path), flows),
                 Work(f"{path} attention", count * 4 * tokens**2 * width, inputs=flows, attention=True),
-                Work(f"{path} modulation", count * 2 * width**2 * modulation, trains(path), signal_flows)]
+                Work(f"{path} modulation", count * 2 * width**2 * modulation, learns(path), signal_flows)]
 
     return [
         Work("mmdit/latent_in", 2 * visual * mmdit.in_channels * volume * width, trains("mmdit/latent_in/")),

@@ -9,7 +9,8 @@ KERNEL_EFFICIENCY = 0.5  # of peak: what tuned splash attention kernels are know
 ASSUMPTIONS = (
     "all but kernels and collectives takes the cycles that the compiler estimates",
     f"Pallas kernels reach {KERNEL_EFFICIENCY:.0%} of the chip's peak",
-    "a collective that nothing overlaps goes round one ring of the torus, one after another, at the links' full rate",
+    "a collective that nothing overlaps goes round one ring of the torus, one after another, at the links' full rate; links between slices "
+    "count as fast",
     "collectives that computation may overlap cost nothing until they take longer than it",
     "traffic with the host, the loader and the encoder (a program of its own) cost nothing",
 )

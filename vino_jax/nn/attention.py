@@ -53,7 +53,7 @@ def _in_chunks(call: Callable, q, k, v, mask):
 
 
 class Xla:
-    """Plain products and softmax, for any device."""
+    """Plain products and softmax, for any device. Of a ring's backward pass the scores of one part stand in memory whole."""
 
     def attend(self, q, k, v, valid):
         return checkpoint_name(_in_chunks(_softmax, q, k, v, valid[:, None, None, :]), "attention")
@@ -77,7 +77,8 @@ class Xla:
 
 @dataclass(frozen=True)
 class Cudnn(Xla):
-    """cuDNN's fused attention on a GPU, for 16-bit values; others, and a ring's parts, go by products. implementation: of jax.nn."""
+    """cuDNN's fused attention on a GPU, for 16-bit values; others, and a ring's parts, go by products. A remat policy that saves "attention"
+    runs it again all the same: what its backward pass reads has no name. implementation: of jax.nn."""
 
     implementation: str = "cudnn"
 

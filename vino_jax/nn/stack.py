@@ -13,7 +13,8 @@ from vino_jax.sharding.constrain import shards
 # What blocks have names for (models/mmdit.py, nn/attention.py), by the products that a saved byte spares: outputs of attention; outputs of
 # a branch, which its gate's gradient reads; what goes into attention; what goes into the MLP's activation.
 SAVED = ("attention", "branch", "qkv", "mlp")
-BUDGET = "budget:"  # budget:G saves as many of SAVED, in their order, as G gigabytes a device hold beside the blocks' inputs
+# budget:G saves as many of SAVED, in their order, as G gigabytes a device hold beside the blocks' inputs; splits by "tensor" are not counted
+BUDGET = "budget:"
 
 _policies, _named = jax.checkpoint_policies, jax.checkpoint_policies.save_only_these_names
 # Name -> policy of jax.checkpoint, from the least recomputing to the most; None runs the block without it.

@@ -279,6 +279,9 @@ def run_stage(plan: StagePlan, params: Params, loader: Callable[[int], Iterable]
                     preview(whole(average=True), stage.name, step)
             if step == stage.steps:
                 break
-    with goodput.spend("save"):
-        checkpoints.wait()
+        with goodput.spend("save"):
+            checkpoints.wait()
+    if stop.late:  # after the last question: the stage is saved, and what follows is the next start's
+        say(f"{stage.name}: stopped by SIGTERM at its end, saved at step {step}")
+        raise Preempted()
     return whole(), whole(average=True)

@@ -25,12 +25,14 @@ class Stop:
     """Whether to stop now: asked once after every step, with the same answer on all processes. Restores the former handler afterwards.
 
     No step waits for other processes. Where one was asked to stop, all tell how many steps they have begun, held at their next question
-    for as long as that takes, and stop after the first step that none has begun, unless the stage ends before. stage: its name.
+    for as long as that takes, and stop after the first step that none has begun. Where the stage ends before, `late` says, once this context
+    is left, that somebody was asked. stage: its name.
     """
 
     def __init__(self, stage: str):
         self._key, self._asked, self._count, self._last = f"vino_jax/stop/{stage}", False, 0, None
         self._index, self._processes, self._store = jax.process_index(), jax.process_count(), processes.store()
+        self.late = False
         self._deciding, self._closed = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._agree, name="stop", daemon=True) if self._processes > 1 else None
 
@@ -52,10 +54,8 @@ class Stop:
     def _agree(self) -> None:
         while not self._closed.is_set():
             if self._asked:
-                self._store.key_value_set(f"{self._key}/asked", "", allow_overwrite=True)
-            try:
-                self._store.blocking_key_value_get(f"{self._key}/asked", _POLL_MS)
-            except jax.errors.JaxRuntimeError:  # nobody was asked
+                self._set("asked")
+            if not self._is_set("asked", _POLL_MS):
                 self._closed.wait(0.05)
                 continue
             with self._deciding:
@@ -66,13 +66,28 @@ class Stop:
                 self._last = self._answer("last")
             return
 
+    def _set(self, name: str) -> None:
+        self._store.key_value_set(f"{self._key}/{name}", "", allow_overwrite=True)
+
+    def _is_set(self, name: str, wait_ms: int) -> bool:
+        try:
+            self._store.blocking_key_value_get(f"{self._key}/{name}", wait_ms)
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
     def _answer(self, name: str) -> int:
         return int(self._store.blocking_key_value_get(f"{self._key}/{name}", processes.WAIT_MS))
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._former)
         if self._thread:
             if kind is None:  # one that is held at its last step waits for the answers of all
+                if self._asked:
+                    self._set("late")
                 self._store.wait_at_barrier(f"{self._key}/left", processes.WAIT_MS)
+                self.late = self._is_set("late", 1)
             self._closed.set()
             self._thread.join(10 * _POLL_MS / 1000)
+        else:
+            self.late = self._asked
+        signal.signal(signal.SIGTERM, self._former)

@@ -1,6 +1,7 @@
 """A run's directory: how far its stages have come, and which configs may go on there."""
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from vino_jax.settings import read_json
 from vino_jax.train.config import RunConfig
 
 # keys, and starts of keys, that change no number of a run
-FREE = ("log/", "mesh/", "data/threads", "data/workers", "data/prefetch", "data/precomputed")
+FREE = ("log/", "mesh/", "runtime/remat", "runtime/attention", "data/threads", "data/workers", "data/prefetch", "data/precomputed")
 IMPORTED = ("init/", "model/")  # those that init/ was made by
 TOLD = 5  # differences that a message names
 
@@ -67,4 +68,5 @@ def _may_differ(key: str, old: Any, new: Any, done: Mapping[str, int], imported:
         return not (imported and key.startswith(IMPORTED))
     if key == f"stages/{begun[-1]}/steps":
         return None not in (old, new) and new > old
-    return key.startswith(FREE) or key in {f"stages/{name}/steps" for name, step in done.items() if not step}
+    return bool(key.startswith(FREE) or re.fullmatch("stages/[^/]+/remat/.*", key)
+                or key in {f"stages/{name}/steps" for name, step in done.items() if not step})
