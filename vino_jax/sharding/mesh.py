@@ -47,7 +47,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 def _arranged(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
     """Devices so that neighbours on the mesh are neighbours in the torus; several slices lie along "data", all else inside of one."""
     tpu = devices[0].platform == "tpu"  # GPUs have slices too: their hosts, which may lie on any axis
-    slices = len({device.slice_index for device in devices}) if tpu else 1
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1  # one slice alone has no number
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     data, *inner = shape
