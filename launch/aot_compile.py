@@ -58,23 +58,22 @@ class Compiler:
         self.mesh, self.rules = make_mesh(config.mesh.sizes, topology_devices(topology)), preset(config.mesh.preset)
         self.architecture = architecture(config)
         self.vino = training_model(self.architecture, config.runtime, config.stages.values())
+        self.structs = param_structs(self.vino, list(config.stages.values()), self.mesh, self.rules)
 
     def step(self, stage: StageConfig, bucket: BucketSpec, remat: str | None = None) -> report.Row:
         """The row of a training step; remat: in the place of the config's policy."""
         check_batches(stage, [bucket], self.mesh, self.rules)
-        vino, remat = self.vino, remat or stage.remat.get(bucket.name, self.config.runtime.remat)
+        remat = remat or stage.remat.get(bucket.name, self.config.runtime.remat)
         stage = dataclasses.replace(stage, remat={bucket.name: remat})
-        plan = StagePlan(vino, stage, (bucket,), self.mesh, self.rules, self.config.seed, make_encoder(vino, self.mesh, self.rules))
-        structs = param_structs(vino, list(self.config.stages.values()), self.mesh, self.rules)
-        measured = measure(plan.lowered(bucket, *plan.abstract(structs)), self.chip)
-        flops = step_flops(self.architecture, bucket, rates(stage, vino.abstract)) / self.mesh.size
+        encode = make_encoder(self.vino, self.mesh, self.rules)
+        plan = StagePlan(self.vino, stage, (bucket,), self.mesh, self.rules, self.config.seed, encode)
+        measured = measure(plan.lowered(bucket, *plan.abstract(self.structs)), self.chip)
+        flops = step_flops(self.architecture, bucket, rates(stage, self.vino.abstract)) / self.mesh.size
         return self._row(measured, stage.name, bucket, remat, flops)
 
     def encode(self, bucket: BucketSpec) -> report.Row:
         """The row of the program that encodes the bucket's pixels."""
-        vino = self.vino
-        structs = param_structs(vino, list(self.config.stages.values()), self.mesh, self.rules)
-        measured = measure(lowered_encoder(vino, structs["vae"], bucket, self.mesh, self.rules), self.chip)
+        measured = measure(lowered_encoder(self.vino, self.structs["vae"], bucket, self.mesh, self.rules), self.chip)
         return self._row(measured, "encode", bucket, "-", None)
 
     def _row(self, measured: Measured, stage: str, bucket: BucketSpec, remat: str, flops: float | None) -> report.Row:

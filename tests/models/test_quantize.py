@@ -2,14 +2,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from tests import tolerances
 from tests.train import tiny
 from vino_jax.nn.module import by_path
 from vino_jax.nn.quantize import QUANTIZERS
-
-pytest.importorskip("qwix")
 
 
 def loss(quantize):

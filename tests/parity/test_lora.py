@@ -18,8 +18,6 @@ from vino_jax.nn.lora import kernel_of, low_ranks, within
 from vino_jax.nn.module import by_path
 from vino_jax.train.initial import training_model
 
-pytest.importorskip("peft")
-
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):

@@ -115,15 +115,8 @@ def test_adapters_train_alone_and_resume_to_the_bit(model, tmp_path):
     whole, start = run(tmp_path / "whole", model), by_path(filled(model, b=0.0))
     assert {path for path in start if not np.array_equal(start[path], whole[path])} == {path for path in start if kernel_of(path)}
 
-    class Dies(tiny.Batches):
-        def __next__(self):
-            step, name, batch = super().__next__()
-            if step == 3:
-                raise RuntimeError("killed")
-            return step, name, batch
-
     with pytest.raises(RuntimeError, match="killed"):
-        run(tmp_path / "killed", model, Dies)
+        run(tmp_path / "killed", model, tiny.Dies)
     again = run(tmp_path / "killed", model)
     for path, leaf in whole.items():
         np.testing.assert_array_equal(again[path], leaf, err_msg=path)

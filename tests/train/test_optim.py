@@ -131,14 +131,6 @@ def adamw(tmp_path_factory):
     return run(tmp_path_factory.mktemp("adamw"), "adamw")[1]
 
 
-class Dies(tiny.Batches):
-    def __next__(self):
-        step, name, batch = super().__next__()
-        if step == 3:
-            raise RuntimeError("killed")
-        return step, name, batch
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_losses_are_near_those_of_adamw_and_a_resumed_run_is_the_unbroken_one(name, adamw, tmp_path):
     whole, losses = run(tmp_path / "whole", name)
@@ -146,7 +138,7 @@ def test_losses_are_near_those_of_adamw_and_a_resumed_run_is_the_unbroken_one(na
         np.testing.assert_allclose(losses, adamw, rtol=tolerances.BF16_MOMENTS_LOSS_REL)
     assert losses != adamw and losses[-1] < 0.9 * losses[0]
     with pytest.raises(RuntimeError, match="killed"):
-        run(tmp_path / "killed", name, Dies)
+        run(tmp_path / "killed", name, tiny.Dies)
     again, curve = run(tmp_path / "killed", name)
     assert curve == losses
     for path, leaf in whole.items():

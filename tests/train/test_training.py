@@ -18,6 +18,7 @@ from vino_jax.nn.module import by_path
 from vino_jax.sharding.mesh import make_mesh
 from vino_jax.sharding.rules import preset
 from vino_jax.train.config import LogConfig
+from vino_jax.train.initial import param_structs
 from vino_jax.train.logging import MetricWriter
 from vino_jax.train.loop import Meter, check_batches, run_stage
 from vino_jax.train.optim import optimizer
@@ -82,15 +83,8 @@ def test_resumed_is_never_killed_to_the_bit(tmp_path):
     """A run that stops at step 2 of 4 (its loader fails) and is started again equals the run that never stopped."""
     whole, whole_average, losses = run(tmp_path / "whole")
 
-    class Dies(tiny.Batches):
-        def __next__(self):
-            step, name, batch = super().__next__()
-            if step == 3:
-                raise RuntimeError("killed")
-            return step, name, batch
-
     with pytest.raises(RuntimeError, match="killed"):
-        run(tmp_path / "killed", loader=Dies)
+        run(tmp_path / "killed", loader=tiny.Dies)
     again, again_average, curve = run(tmp_path / "killed")
     assert curve == losses
     for ours, theirs in ((again, whole), (again_average, whole_average)):
@@ -140,6 +134,17 @@ def step_and_arguments(plan):
     rng = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     state = jax.eval_shape(lambda p, r: new_state(p, tx, r, ema=True), trainable, rng)
     return make_train_step(plan.vino, plan.stage, tx), (state, frozen, tiny.BUCKET.spec(8), jax.ShapeDtypeStruct((), np.float32))
+
+
+def test_a_bucket_s_remat_policy_is_that_of_its_program():
+    model, mesh, rules = tiny.vino(), make_mesh(ONE, jax.devices()[:1]), preset("fsdp")
+
+    def products(policy):
+        plan = tiny.plan(model, tiny.stage(remat={tiny.BUCKET.name: policy}), mesh, rules)
+        structs = param_structs(model, [plan.stage], mesh, rules)
+        return plan.lowered(tiny.BUCKET, *plan.abstract(structs)).as_text().count("stablehlo.dot_general")
+
+    assert products("nothing") < products("save_attention") < products("full") == products(model.runtime.remat)
 
 
 def test_previews_come_at_the_start_by_their_cadence_and_at_the_end(tmp_path):

@@ -62,3 +62,13 @@ class Batches:
 
     def close(self):
         pass
+
+
+class Dies(Batches):
+    """Fails after step 2, as a run does that is killed."""
+
+    def __next__(self):
+        step, name, batch = super().__next__()
+        if step == 3:
+            raise RuntimeError("killed")
+        return step, name, batch

@@ -3,6 +3,7 @@
 Dims: B rows, L prompt tokens, Q queries, C context width, D MMDiT width, R reference tokens, K pool tokens, P values a latent
 token (channels x patch), F H W latent or pixel frames, height, width.
 """
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -46,7 +47,7 @@ class Vino:
         self._tiling = tiling or Tiling(side=None)
         vlm_width, ratio = config.vlm.text.width, config.connector_ratio
         self.parts = {
-            "mmdit": Definition(lambda r: attach(MMDiT(config.mmdit, runtime, rngs=r), within("mmdit", self.adapters), r)),
+            "mmdit": self._mmdit(runtime),
             "connector": Definition(lambda r: Connector(vlm_width, config.mmdit.text_width, ratio, rngs=r)),
             "vae_connector": Definition(lambda r: Connector(vlm_width, config.mmdit.width, ratio, rngs=r)),
             "queries": Definition(lambda r: Queries(config.queries, vlm_width, rngs=r)),
@@ -54,9 +55,17 @@ class Vino:
             "vae": Definition(lambda r: VAE(config.vae, runtime, rngs=r)),
         }
 
+    def _mmdit(self, runtime: Runtime) -> Definition:
+        return Definition(lambda r: attach(MMDiT(self.config.mmdit, runtime, rngs=r), within("mmdit", self.adapters), r))
+
     def with_remat(self, policy: str) -> "Vino":
         """The same model, whose MMDiT recomputes by another policy (nn/stack.py) in the backward pass."""
-        return self if policy == self.runtime.remat else Vino(self.config, replace(self.runtime, remat=policy), self._tiling, self.adapters)
+        if policy == self.runtime.remat:
+            return self
+        other = copy.copy(self)
+        other.runtime = replace(self.runtime, remat=policy)
+        other.parts = {**self.parts, "mmdit": self._mmdit(other.runtime)}  # the others are not built again: it takes a second
+        return other
 
     @property
     def abstract(self) -> Params:

@@ -60,7 +60,7 @@ def _kernel(heads: int, queries: Tiles, keys: Tiles, interpret: bool, lse: bool)
     sizes = kernels.BlockSizes(block_q=q, block_kv=k, block_kv_compute=compute, block_q_dkv=q_back, block_kv_dkv=k_back,
                                block_kv_dkv_compute=compute_back, use_fused_bwd_kernel=True)
     mask = masks.MultiHeadMask([masks.FullMask((queries.length, keys.length))] * heads)
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval():  # it outlives the trace that asks for it first, so its tables must be no values of that trace
         return kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, save_residuals=lse, interpret=interpret,
                                        residual_checkpoint_name="attention")
 
