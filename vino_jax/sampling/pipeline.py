@@ -67,7 +67,7 @@ class Sampler:
         whole = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
         self._encode = jax.jit(self._encode_rows)
         self._condition = jax.jit(vino.condition)
-        self._denoise = jax.jit(self._denoise_rows, static_argnames=("steps", "passes"), donate_argnames="latents_BfhwC", **whole)
+        self._denoise = jax.jit(self._denoise_rows, static_argnames=("steps", "passes"), **whole)
         self._decode = jax.jit(vino.decode, **whole)
 
     @property
