@@ -22,17 +22,18 @@ def _inputs(length):
     return q, k, v, jnp.asarray(mask)
 
 
-@pytest.mark.parametrize("rows", ["none", "one", "each"])
+@pytest.mark.parametrize("limit", [("_MAX_SCORES", 200), ("_CACHED_SCORES", 50)])  # of 2 x 4 x length x 10: by rows, or head by head
+@pytest.mark.parametrize("rows", ["none", "one", "each", "heads"])
 @pytest.mark.parametrize("length", [7, 12, 13])
-def test_chunks_of_queries_change_nothing(monkeypatch, length, rows):
+def test_chunks_of_queries_change_nothing(monkeypatch, length, rows, limit):
     q, k, v, mask = _inputs(length)
-    mask = {"none": None, "one": mask[:, :, :1], "each": mask}[rows]
+    mask = {"none": None, "one": mask[:, :, :1], "each": mask, "heads": mask[:1] | (jnp.arange(4) == 2)[None, :, None, None]}[rows]
 
     def loss(q, k, v):
         return jnp.sum(jnp.sin(attention.attend(q, k, v, mask=mask)))
 
     whole = attention.attend(q, k, v, mask=mask), jax.grad(loss, (0, 1, 2))(q, k, v)
-    monkeypatch.setattr(attention, "_MAX_SCORES", 200)  # of 2 x 4 x length x 10
+    monkeypatch.setattr(attention, *limit)
     assert "while" in jax.jit(loss).lower(q, k, v).as_text()
     parts = attention.attend(q, k, v, mask=mask), jax.grad(loss, (0, 1, 2))(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=BATCH_ROW_ABS), whole, parts)

@@ -20,6 +20,8 @@ from vino_jax.sharding.constrain import active_platform, map_shards
 
 # Above this many scores (a gigabyte in float32), queries go through in chunks, so that the scores never stand in memory whole.
 _MAX_SCORES = 1 << 28
+# On a CPU, whose products of one head are no slower than those of all, what lies in its caches (8 MB) is read again at once.
+_CACHED_SCORES = 1 << 21
 _LEAST = jnp.finfo(jnp.float32).min
 
 
@@ -33,10 +35,26 @@ def _softmax(q_BNLH, k_BNSH, v_BNSH, mask_BNLS):
     return jnp.einsum("bnls,bnsh->bnlh", weights, v_BNSH)
 
 
-def _in_chunks(call: Callable, q, k, v, mask):
-    """call(q, k, v, mask) by chunks of queries, few enough that a chunk's scores are at most _MAX_SCORES."""
+def _attended(q, k, v, mask):
+    """_softmax, on a CPU head by head where there is much of it."""
+    rows, heads = q.shape[:2]
+    if active_platform() != "cpu" or math.prod(q.shape[:3]) * k.shape[2] <= 2 * _CACHED_SCORES:
+        return _in_chunks(_softmax, q, k, v, mask)
+
+    @jax.checkpoint
+    def head(number):
+        def of(x):  # (1, 1, ...); what all rows or all heads share has size 1
+            return x[None, None, number // heads if len(x) > 1 else 0, number % heads if x.shape[1] > 1 else 0]
+
+        return _in_chunks(_softmax, of(q), of(k), of(v), None if mask is None else of(mask), _CACHED_SCORES)[0, 0]
+
+    return jax.lax.map(head, jnp.arange(rows * heads)).reshape(*q.shape[:3], v.shape[3])
+
+
+def _in_chunks(call: Callable, q, k, v, mask, limit: int | None = None):
+    """call(q, k, v, mask) by chunks of queries, few enough that a chunk's scores are at most `limit`, by default _MAX_SCORES."""
     length = q.shape[2]
-    chunks = -(-math.prod(q.shape[:3]) * k.shape[2] // _MAX_SCORES)
+    chunks = -(-math.prod(q.shape[:3]) * k.shape[2] // (limit or _MAX_SCORES))
     if chunks <= 1:  # 0 where there is nothing to attend
         return call(q, k, v, mask)
     size = -(-length // chunks)
@@ -56,7 +74,7 @@ class Xla:
     """Plain products and softmax, for any device. Of a ring's backward pass the scores of one part stand in memory whole."""
 
     def attend(self, q, k, v, valid):
-        return checkpoint_name(_in_chunks(_softmax, q, k, v, valid[:, None, None, :]), "attention")
+        return checkpoint_name(_attended(q, k, v, valid[:, None, None, :]), "attention")
 
     def forward(self, q, k, v, valid):
         def call(q, k, v, mask):
@@ -133,4 +151,4 @@ def _plain(q, k, v, mask=None):
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     if groups > 1:
         k, v = (jnp.repeat(x, groups, axis=1) for x in (k, v))
-    return jnp.swapaxes(_in_chunks(_softmax, q, k, v, mask), 1, 2)
+    return jnp.swapaxes(_attended(q, k, v, mask), 1, 2)
