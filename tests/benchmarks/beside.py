@@ -1,12 +1,15 @@
 """Ours beside the PyTorch reference: two processes that take turns, their seconds and their memory.
 
 Each side is a process of its own with as many threads as there are cores; both compile and run once before anything is measured. Memory
-is the largest resident size (VmHWM of Linux, set back after that first run) during a call, less what the process held with its libraries
+is the largest resident size (VmHWM of Linux, set back after that first run, of which nothing freed is kept) during a call, less what the
+process held with its libraries
 imported and no weights loaded; in the table also without that deduction.
 
 A side is side(threads), which imports what it needs and gives load(pipe), which makes the model and gives its calls by kind. The
 reference sends its weights through the pipe, by name; ours receives them.
 """
+import ctypes
+import gc
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -76,6 +79,8 @@ def _serve(side: Callable[[int], Load], threads: int, pipe: Connection) -> None:
     imported = _resident("VmRSS")
     calls = load(pipe)
     pipe.send({kind: call() for kind, call in calls.items()})
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed since, such as a compiler's, goes back to the system
     for kind in iter(pipe.recv, None):
         Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
