@@ -2,8 +2,9 @@
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vino_jax.batch import TASKS
 from vino_jax.errors import UserError
@@ -36,6 +37,7 @@ class Task:
     images: tuple[Path, ...] = ()
     video: Path | None = None
     base_image: bool = False  # the last image is what is edited: image guidance keeps it
+    entry: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # as the file has it
 
 
 def read_tasks(path: str | Path, root: str | Path = ".") -> tuple[list[Task], list[UserError]]:
@@ -85,7 +87,7 @@ def parse_task(entry: Mapping, root: Path, where: str) -> Task:
     if not isinstance(base, bool):
         raise UserError(f"{where}: ref_image_have_base is {base!r}; it must be true or false")
     images, video = _references(entry, name, root, where)
-    return Task(str(index), "ti2i_baseimg" if name == "ti2i" and base else name, caption, images, video, base and bool(images))
+    return Task(str(index), "ti2i_baseimg" if name == "ti2i" and base else name, caption, images, video, base and bool(images), entry)
 
 
 def _references(entry: Mapping, name: str, root: Path, where: str) -> tuple[tuple[Path, ...], Path | None]:

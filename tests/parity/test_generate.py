@@ -11,7 +11,6 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from tests.parity import qwen_reference as reference
 from tests.parity.conversion import to_params
-from tests.sampling.conftest import jax_settings  # noqa: F401  (strict dtypes, quick compilation)
 from tests.tolerances import FREQUENCY_SIGMAS, PARITY_ABS
 from vino_jax.batch import Batch
 from vino_jax.convert.tables.qwen_vl import TABLE
@@ -31,6 +30,16 @@ def clip_prompt() -> reference.Prompt:
 
 PROMPTS = {"text": reference.text_prompt(19, 1), "short text": reference.text_prompt(7, 6), "pictures": reference.small_picture_prompt(),
            "clip": clip_prompt(), "picture and clip": reference.picture_prompt()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def jax_settings():
+    """Strict dtypes, and little time spent on programs that run for a moment."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.cache
