@@ -208,19 +208,21 @@ def pack_task(task: Task, prompter: Prompter, options: SamplingOptions) -> Packe
 
 def pack_rewrite(task: Task, prompter: Prompter, options: SamplingOptions) -> Batch:
     """What the VLM reads to rewrite the caption of a task, with the references as `pack_task` shows them to it: one row (B = 1) without
-    references for the MMDiT.
-
-    Tokens and patches are padded to a power of two or one and a half times one, so that few programs compile. Raises UserError, naming
-    the task, for what cannot be read.
+    references for the MMDiT. Raises UserError, naming the task, for what cannot be read.
     """
     try:
         images, clip = _references(task, prompter, options)
         prompt = prompter.encode(task.caption, [prompter.see_image(image) for image in images], clip, REWRITE_SYSTEM)
     except UserError as error:
         raise UserError(f"task {task.index}: {error}") from None
+    return prompt_row(prompt, task.task)
+
+
+def prompt_row(prompt: EncodedPrompt, task: str) -> Batch:
+    """A prompt for the VLM alone (B = 1), tokens and patches padded to sizes of which there are few, so that few programs compile."""
     sizes = padded_size(len(prompt.ids)), padded_size(len(prompt.patches)), 0
     nowhere = np.zeros(0, np.int32)  # the boundary tokens lead to no latents here
-    return collate([pack_row(replace(prompt, starts=nowhere, ends=nowhere), (), (), sizes, task=task.task, shift=0.0)])
+    return collate([pack_row(replace(prompt, starts=nowhere, ends=nowhere), (), (), sizes, task=task, shift=0.0)])
 
 
 def padded_size(count: int) -> int:

@@ -8,6 +8,7 @@ wrong.
 """
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -49,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top_p", type=float, default=Decoding.top_p, help="sample among the tokens that hold this probability (default 1)")
     p.add_argument("--seed", type=int, default=0, help="of sampling, for every task (default 0)")
     p.add_argument("--batch", type=int, default=8, help="captions of equal shapes that one pass writes (default 8)")
-    p.add_argument("--mesh", help="sizes of mesh axes, as tensor=8 (default: fsdp over all accelerators; on a CPU one device)")
+    p.add_argument("--mesh", help="sizes of mesh axes, as tensor=8 (default: tensor over as many accelerators as divide the key-value heads, "
+                                  "data over the others; on a CPU one device)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation (default bfloat16, on a CPU float32)")
     return p
 
@@ -94,7 +96,9 @@ def load_rewriter(directory: Path, info: checkpoint.ModelInfo, flags: argparse.N
     dtype = flags.dtype or ("float32" if on_cpu else "bfloat16")
     vlm = Vino(info.config, Runtime(dtype=dtype)).parts["vlm"]
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), vlm.abstract)
-    sizes = parse_mesh(flags.mesh) if flags.mesh else None if on_cpu or jax.device_count() == 1 else {"fsdp": -1}
+    # over "tensor" a weight stays split where it is used; over "fsdp" each new token would gather all of them
+    spread = {"tensor": math.gcd(jax.device_count(), info.config.vlm.text.kv_heads), "data": -1}
+    sizes = parse_mesh(flags.mesh) if flags.mesh else None if on_cpu or jax.device_count() == 1 else spread
     mesh = rules = None
     if sizes is not None:
         mesh, rules = make_mesh(sizes), preset("fsdp")

@@ -7,14 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, Qwen3VLForConditionalGeneration, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from configs import models
+from data_pipelines import shapes
+from data_pipelines.packing import prompt_row
+from data_pipelines.prompts import REWRITE_SYSTEM, Prompter
+from tests.data.folders import SMALL_VLM
 from tests.parity import qwen_reference as reference
 from tests.parity.conversion import to_params
 from tests.tolerances import FREQUENCY_SIGMAS, PARITY_ABS
 from vino_jax.batch import Batch
 from vino_jax.convert.tables.qwen_vl import TABLE
+from vino_jax.models.qwen_vl import QwenVL
+from vino_jax.nn.module import Definition
+from vino_jax.nn.runtime import Runtime
 from vino_jax.sampling.rewrite import Decoding, Rewriter, warp
+from vino_jax.settings import VLMConfig, build
 from vino_jax.sharding.mesh import make_mesh, parse_mesh
 from vino_jax.sharding.resolve import shardings
 from vino_jax.sharding.rules import preset
@@ -42,17 +51,24 @@ def jax_settings():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+def various(model: Qwen3VLForConditionalGeneration) -> Qwen3VLForConditionalGeneration:
+    """The model with a small embedding, which is the head too: with a large one a random model follows every token by itself."""
+    model.get_input_embeddings().weight.data.mul_(0.1)
+    return model
+
+
+def weights_of(model: Qwen3VLForConditionalGeneration, vlm: Definition):
+    return to_params(TABLE, {name: value.numpy() for name, value in model.state_dict().items()}, vlm.abstract)
+
+
 @functools.cache
 def torch_model():
-    """The reference with a small embedding, which is the head too: with a large one every token is followed by itself."""
-    model = copy.deepcopy(reference.torch_model())
-    model.get_input_embeddings().weight.mul_(0.1)
-    return model
+    return various(copy.deepcopy(reference.torch_model()))
 
 
 @functools.cache
 def params():
-    return to_params(TABLE, {name: value.numpy() for name, value in torch_model().state_dict().items()}, reference.DEFINITION.abstract)
+    return weights_of(torch_model(), reference.DEFINITION)
 
 
 @functools.cache
@@ -164,3 +180,23 @@ def test_a_mesh_gives_the_same_tokens(mesh, rows):
     placed = jax.device_put(params(), shardings(reference.DEFINITION.abstract, reference.DEFINITION.axes, mesh, rules))
     spread = Rewriter(reference.DEFINITION, placed, Decoding(NEW), (61, 2), mesh=mesh, rules=rules)
     assert spread.generate(rows_of([PROMPTS[name] for name in names]), [0] * rows) == ours(names, stops=(61, 2))
+
+
+def test_the_embedded_vlm_with_a_whole_prompt():
+    """Template, tokenizer, a picture and a clip: what launch.rewrite gives to the model, against transformers on the same folder."""
+    model = various(Qwen3VLForConditionalGeneration.from_pretrained(SMALL_VLM, dtype=torch.float32))
+    for layer in model.model.language_model.layers:
+        layer.self_attn.q_norm.weight.data.mul_(3.0)  # attention that picks: otherwise the long prompt decides every token
+    prompter = Prompter(SMALL_VLM)
+    sample = shapes.sample(0, 0, "tiv2v", 5, 64, 64)
+    images, video = [prompter.see_image(image) for image in sample.images], prompter.see_clip(sample.video)
+    prompt = prompter.encode(sample.texts["instruction"], images, video, REWRITE_SYSTEM)
+    ids = torch.tensor(prompt.ids[None].astype(np.int64))
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=list(prompter.stops),
+        pad_token_id=0, pixel_values=torch.tensor(np.concatenate([i.values for i in images])),
+        image_grid_thw=torch.tensor([i.grid for i in images]), pixel_values_videos=torch.tensor(video.values),
+        video_grid_thw=torch.tensor([video.grid]))
+    vlm = Definition(lambda rngs: QwenVL(build(VLMConfig, models.shapes()["vlm"]), Runtime(), rngs=rngs))
+    [tokens] = Rewriter(vlm, weights_of(model, vlm), Decoding(NEW), prompter.stops).generate([prompt_row(prompt, "tiv2v")], [0])
+    assert len(set(tokens)) > 5 and tokens == out[0, len(prompt.ids):].tolist()

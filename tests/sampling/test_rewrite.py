@@ -24,6 +24,7 @@ from vino_jax.nn.runtime import Runtime
 from vino_jax.sampling.rewrite import Decoding, Rewriter
 from vino_jax.sampling.video import write_output
 from vino_jax.settings import VinoConfig, build
+from vino_jax.sharding.mesh import make_mesh
 
 NEW = 6
 ONE = {"index": "one", "task": "t2i", "caption": "a red circle", "note": "kept"}
@@ -128,7 +129,15 @@ def test_seeds_and_a_mesh(run):
     first = captions(*sampled)
     assert captions(*sampled, "--batch", 1) == first != captions(*sampled, "--seed", 1)
     assert captions(*sampled, "--mesh", "fsdp=2,tensor=2,seq=2") == first
-    assert captions() == captions("--mesh", "data=8")
+
+
+def test_accelerators_share_the_work_by_default(run, monkeypatch):
+    """Here eight virtual devices, and a VLM of one key-value head: rows over "data"; in bfloat16."""
+    asked = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(rewrite, "make_mesh", lambda sizes: asked.append(sizes) or make_mesh(sizes))
+    assert run([ONE, EDIT])[0] == 0
+    assert asked == [{"tensor": 1, "data": -1}]
 
 
 @pytest.mark.parametrize("extra, words", [
