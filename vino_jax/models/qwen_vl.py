@@ -61,8 +61,7 @@ class QwenVL(nnx.Module):
         """
         frozen, (rows, length) = _frozen(self), batch.tokens.shape
         x_BLW, own = frozen._read(batch, emit=True)
-        last_B = jnp.maximum(jnp.sum(batch.prompt_mask, axis=1, dtype=jnp.int32) - 1, 0)
-        x_B1W = jnp.take_along_axis(x_BLW, last_B[:, None, None], axis=1)
+        x_B1W = jnp.take_along_axis(x_BLW, _last(batch.prompt_mask)[:, None, None], axis=1)
         following_B11 = jnp.max(jnp.where(batch.prompt_mask[:, None], batch.mrope, -1), axis=(1, 2), keepdims=True) + 1
         ended = jnp.asarray(stops, jnp.int32)
 
@@ -107,9 +106,13 @@ def query_positions(mrope_B3L: jax.Array, prompt_mask_BL: jax.Array, amount: int
 
     QUIRK of the reference: the first query shares the last token's position.
     """
-    last_B = jnp.maximum(jnp.sum(prompt_mask_BL, axis=1, dtype=jnp.int32) - 1, 0)
-    last_B31 = jnp.take_along_axis(mrope_B3L, last_B[:, None, None], axis=2)
+    last_B31 = jnp.take_along_axis(mrope_B3L, _last(prompt_mask_BL)[:, None, None], axis=2)
     return last_B31 + jnp.arange(amount, dtype=mrope_B3L.dtype)
+
+
+def _last(prompt_mask_BL: jax.Array) -> jax.Array:
+    """Where the last token of each prompt lies, (B,) int32."""
+    return jnp.maximum(jnp.sum(prompt_mask_BL, axis=1, dtype=jnp.int32) - 1, 0)
 
 
 def _causal(valid_BL: jax.Array) -> jax.Array:
