@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=float, default=Decoding.temperature, help="of sampling; 0 takes the likeliest token (default 0)")
     p.add_argument("--top_k", type=int, default=Decoding.top_k, help="sample among so many tokens; 0: among all (default 0)")
     p.add_argument("--top_p", type=float, default=Decoding.top_p, help="sample among the tokens that hold this probability (default 1)")
-    p.add_argument("--seed", type=int, default=0, help="of sampling, for every task (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="of sampling; a task draws by it and its index (default 0)")
     p.add_argument("--batch", type=int, default=8, help="captions of equal shapes that one pass writes (default 8)")
     p.add_argument("--mesh", help="sizes of mesh axes, as tensor=8 (default: tensor over as many accelerators as divide the key-value heads, "
                                   "data over the others; on a CPU one device)")
@@ -83,8 +84,6 @@ def check_flags(flags: argparse.Namespace) -> Decoding:
     """Raises UserError for values that nothing could be written with."""
     if flags.batch < 1:
         raise UserError(f"--batch {flags.batch} must be at least 1")
-    if not 0 <= flags.seed < 1 << 32:
-        raise UserError(f"--seed {flags.seed} must be at least 0 and below 2^32")
     parse_mesh(flags.mesh or "")
     return Decoding(flags.max_new_tokens, flags.temperature, flags.top_k, flags.top_p)
 
@@ -128,7 +127,9 @@ def passes(tasks: Sequence[Task], prompter: Prompter, defaults: SamplingConfig, 
 def rewrite(rewriter: Rewriter, prompter: Prompter, waiting: Pass, seed: int, decoding: Decoding, report: "Report") -> None:
     """One pass; an error in it (memory ran out) is reported for all its tasks."""
     try:
-        written = rewriter.generate([prompt for _, prompt in waiting], [seed] * len(waiting))
+        # not one seed for all: tasks that draw the same numbers write alike
+        seeds = [zlib.crc32(f"{seed} {task.index}".encode()) for task, _ in waiting]
+        written = rewriter.generate([prompt for _, prompt in waiting], seeds)
     except jax.errors.JaxRuntimeError as error:
         for task, _ in waiting:
             report.failed(f"task {task.index}: {' '.join(str(error).split())}")

@@ -128,7 +128,7 @@ WARPS = {
     "top_k": (Decoding(1, 1.0, 5), [TopKLogitsWarper(5)]),
     "top_k above the vocabulary": (Decoding(1, 1.0, 100), [TopKLogitsWarper(100)]),
     "top_p": (Decoding(1, 1.0, 0, 0.8), [TopPLogitsWarper(0.8)]),
-    "a top_p that one token fills": (Decoding(1, 0.01, 0, 0.01), [TemperatureLogitsWarper(0.01), TopPLogitsWarper(0.01)]),
+    "a top_p below rounding": (Decoding(1, 1.0, 0, 1e-8), [TopPLogitsWarper(1e-8)]),
     "all": (Decoding(1, 0.6, 20, 0.8), [TemperatureLogitsWarper(0.6), TopKLogitsWarper(20), TopPLogitsWarper(0.8)]),
     "all, hot": (Decoding(1, 3.0, 7, 0.5), [TemperatureLogitsWarper(3.0), TopKLogitsWarper(7), TopPLogitsWarper(0.5)]),
 }
