@@ -3,6 +3,7 @@
 The visual sequence is, for each reference (images, then the video), [START, its latent tokens, END], and then the target: one
 time line, on which a boundary token takes one step and a block of latent frames one step each (SPEC 5).
 """
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from data_pipelines.files import read_image
 from data_pipelines.pixels import Patches, crop_to_tokens, letterbox, letterbox_size, read_clip, read_sampled
 from data_pipelines.prompts import REWRITE_SYSTEM, EncodedPrompt, Prompter
 from data_pipelines.samples import Sample, check_finite
-from data_pipelines.tasks import IMAGE_SIZED, NEGATIVE_IMAGE, NEGATIVE_VIDEO, VIDEO_SIZED, Task
+from data_pipelines.tasks import IMAGE_SIZED, MAX_SEED, NEGATIVE_IMAGE, NEGATIVE_VIDEO, VIDEO_SIZED, Task
 from vino_jax.batch import (
     LATENT_COMPRESSION,
     PIXELS_A_TOKEN,
@@ -195,10 +196,15 @@ class SamplingOptions:
 
 
 def pack_task(task: Task, prompter: Prompter, options: SamplingOptions) -> PackedTask:
-    """A task of a task file, its references read and letterboxed. Raises UserError, naming the task, for what cannot be read or
-    sizes that do not fit."""
+    """A task of a task file, its references read and letterboxed. Raises UserError, naming the task, for what cannot be read,
+    sizes that do not fit, or image guidance where the only image is the one that it keeps."""
+    own = {name: getattr(task, name) for name in ("seed", "negative_prompt") if getattr(task, name) is not None}
+    options = replace(options, **own)
     try:
         check_options(options)
+        if options.image_guidance > 1.0 and task.base_image and len(task.images) == 1:
+            raise UserError(f"image guidance {options.image_guidance:g} has no image to leave out: the only one is the base image "
+                            "(ref_image_have_base), which it keeps")
         images, clip = _references(task, prompter, options)
         video = None if task.video is None else read_clip(task.video, options.num_frames, options.height * options.width)
         return _pack_branches(task.index, task.task, task.caption, images, video, clip, task.base_image, prompter, options)
@@ -255,8 +261,13 @@ def pack_example(sample: Sample, text: str, prompter: Prompter, options: Samplin
 
 
 def check_options(options: SamplingOptions) -> None:
-    """Raises UserError for sizes that no task can have."""
+    """Raises UserError for sizes that no task can have, and for guidance that is no number."""
     check_sampled(options.num_frames, options.height, options.width)
+    for name in ("guidance", "image_guidance"):
+        if not math.isfinite(getattr(options, name) or 0.0):
+            raise UserError(f"{name} {getattr(options, name)} must be a finite number")
+    if not 0 <= options.seed < MAX_SEED:
+        raise UserError(f"seed {options.seed} must be a whole number from 0 to {MAX_SEED - 1}")
 
 
 def output_size(task: str, images: Sequence[np.ndarray], video: np.ndarray | None, options: SamplingOptions) -> tuple[int, int, int]:
@@ -285,14 +296,14 @@ def _pack_branches(index: str, task: str, text: str, images: list[np.ndarray], v
     if image_guidance > 1.0:
         plans.append((negative, every[len(dropped):]))
     prompts = [prompter.encode(words, [seen[i] for i in kept if i < len(images)], clip) for words, kept in plans]
-    kept_tokens = [sum(int(np.prod(grids[i])) + 2 for i in kept) for _, kept in plans]
-    sizes = tuple(-(-max(counts) // options.round_to) * options.round_to
-                  for counts in ([len(p.ids) for p in prompts], [len(p.patches) for p in prompts], kept_tokens))
     shift = options.shift if options.shift is not None else SHIFT[is_clip]
-    branches = tuple(collate([pack_row(p, [grids[i] for i in kept], [offsets[i] for i in kept], sizes, task=task, shift=shift)])
-                     for p, (_, kept) in zip(prompts, plans))
+    branches = []
+    for prompt, (_, kept) in zip(prompts, plans):
+        counts = len(prompt.ids), len(prompt.patches), sum(int(np.prod(grids[i])) + 2 for i in kept)
+        sizes = tuple(-(-count // options.round_to) * options.round_to for count in counts)
+        branches.append(collate([pack_row(prompt, [grids[i] for i in kept], [offsets[i] for i in kept], sizes, task=task, shift=shift)]))
     return PackedTask(
-        index=index, task=task, frames=frames, height=height, width=width, branches=branches, references=tuple(references), shift=shift,
+        index=index, task=task, frames=frames, height=height, width=width, branches=tuple(branches), references=tuple(references), shift=shift,
         guidance=options.guidance if options.guidance is not None else GUIDANCE[is_clip], image_guidance=image_guidance, seed=options.seed,
         prompt=text)
 

@@ -14,7 +14,10 @@ IMAGE_SIZED = ("ti2i", "ti2i_baseimg", "i2v")  # the last reference image
 VIDEO_SIZED = ("tv2v", "tiv2v")  # the reference clip, its frames too
 TAKES_IMAGES = ("i2v", "ti2v", "ti2i", "ti2i_baseimg", "tiv2v")
 
-KEYS = ("index", "task", "caption", "ref_image_paths", "ref_video_path", "ref_image_have_base")
+# the reference's keys; the last two are ours
+KEYS = ("index", "task", "caption", "ref_image_paths", "ref_video_path", "ref_image_have_base", "seed", "negative_prompt")
+
+MAX_SEED = 2**32
 
 # the reference's own negative prompts
 NEGATIVE_IMAGE = (
@@ -37,6 +40,8 @@ class Task:
     images: tuple[Path, ...] = ()
     video: Path | None = None
     base_image: bool = False  # the last image is what is edited: image guidance keeps it
+    seed: int | None = None  # of its noise, where it has one of its own
+    negative_prompt: str | None = None
     entry: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # as the file has it
 
 
@@ -86,8 +91,14 @@ def parse_task(entry: Mapping, root: Path, where: str) -> Task:
     base = entry.get("ref_image_have_base", name == "ti2i_baseimg")
     if not isinstance(base, bool):
         raise UserError(f"{where}: ref_image_have_base is {base!r}; it must be true or false")
+    seed, negative = entry.get("seed"), entry.get("negative_prompt")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < MAX_SEED):
+        raise UserError(f"{where}: seed is {seed!r}; it must be a whole number from 0 to {MAX_SEED - 1}")
+    if negative is not None and not isinstance(negative, str):
+        raise UserError(f"{where}: negative_prompt is {negative!r}; it must be a text")
     images, video = _references(entry, name, root, where)
-    return Task(str(index), "ti2i_baseimg" if name == "ti2i" and base else name, caption, images, video, base and bool(images), entry)
+    name = "ti2i_baseimg" if name == "ti2i" and base else name
+    return Task(str(index), name, caption, images, video, base and bool(images), seed, negative, entry)
 
 
 def _references(entry: Mapping, name: str, root: Path, where: str) -> tuple[tuple[Path, ...], Path | None]:

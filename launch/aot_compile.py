@@ -1,14 +1,17 @@
 """Compile the training steps of a config with the TPU compiler, on a machine that needs no TPU, and report what they cost.
 
     python -m launch.aot_compile --config FILE --topology v5p:4x4x4 [--stage S] [--bucket B] [--json FILE] [--markdown] [--suggest]
-                                 [--encode] [--check] [--config.KEY=VALUE ...]
+                                 [--encode] [--sampling] [--check] [--config.KEY=VALUE ...]
 
 One row a (stage, bucket): memory of a chip, FLOPs executed and of the model, collectives, traffic with the host, seconds of
 compilation, and an estimate of step time and MFU. --suggest tries the remat policies, least recomputing first, and reports the first
-that fits. --encode adds the program that encodes a bucket's pixels, which takes its own minutes. The exit code is 0 whether or not
-programs fit; with --check it is 1 where one does not. A config that takes an argument gets the topology. Nothing is read but the config
-and, where it names them, the shapes of its weights.
+that fits. --encode adds the program that encodes a bucket's pixels, which takes its own minutes. --sampling compiles, in the place of
+training steps, what launch.sample runs for one sample of each bucket: encoding, conditioning, a step of denoising, decoding.
+
+The exit code is 0 whether or not programs fit; with --check it is 1 where one does not. A config that takes an argument gets the
+topology. Nothing is read but the config and, where it names them, the shapes of its weights.
 """
+import argparse
 import dataclasses
 import functools
 import json
@@ -18,8 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
-from launch import cli
+from launch import aot_sampling, cli
 from launch.config import parse
+from launch.generator import TILINGS
 from vino_jax.aot import report
 from vino_jax.aot.chips import chip_of, topology_devices
 from vino_jax.aot.flops import step_flops
@@ -53,9 +57,8 @@ def architecture(config: RunConfig) -> VinoConfig:
 class Compiler:
     """Programs of a config on a topology, measured."""
 
-    def __init__(self, config: RunConfig, topology: str):
-        self.config, self.chip = config, chip_of(topology)
-        self.mesh, self.rules = make_mesh(config.mesh.sizes, topology_devices(topology)), preset(config.mesh.preset)
+    def __init__(self, config: RunConfig, topology: str, mesh: jax.sharding.Mesh):
+        self.config, self.chip, self.mesh, self.rules = config, chip_of(topology), mesh, preset(config.mesh.preset)
         self.architecture = architecture(config)
         self.vino = training_model(self.architecture, config.runtime, config.stages.values())
         self.structs = param_structs(self.vino, list(config.stages.values()), self.mesh, self.rules)
@@ -120,6 +123,17 @@ def compile_all(compiler: Compiler, programs: Sequence[tuple[StageConfig, Bucket
         yield row
 
 
+def _rows(config: RunConfig, flags: argparse.Namespace, mesh: jax.sharding.Mesh, say: Callable[[str], None]) -> Iterator[report.Row]:
+    """Those that the flags ask for."""
+    if flags.sampling:
+        if flags.bucket and flags.bucket not in config.buckets:
+            raise UserError(f"unknown bucket {flags.bucket!r}{nearest(flags.bucket, config.buckets)}")
+        buckets = [config.buckets[flags.bucket]] if flags.bucket else list(config.buckets.values())
+        return aot_sampling.rows(config, architecture(config), flags.topology, mesh, buckets, flags.vae_tiling, say)
+    programs = chosen(config, flags.stage, flags.bucket)
+    return compile_all(Compiler(config, flags.topology, mesh), programs, suggesting=flags.suggest, encode=flags.encode, say=say)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(prog="launch.aot_compile", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--topology", required=True, help="chip and shape of a TPU slice, such as v5p:4x4x4")
@@ -129,20 +143,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
     parser.add_argument("--suggest", action="store_true", help="find the remat policy that recomputes least and fits")
     parser.add_argument("--encode", action="store_true", help="also compile the program that encodes pixels")
+    parser.add_argument("--sampling", action="store_true", help="compile what launch.sample runs, in the place of training steps")
+    parser.add_argument("--vae_tiling", choices=TILINGS, default="frames", help="of --sampling, as launch.sample has it")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a program does not fit")
     flags, values = parse(parser, argv, "topology")
     jax.config.update("jax_platforms", "cpu")  # nothing runs here: a TPU that is there may be in use
     config = run_config(values)
-    programs = chosen(config, flags.stage, flags.bucket)
-    compiler = Compiler(config, flags.topology)
-    rows = list(compile_all(compiler, programs, suggesting=flags.suggest, encode=flags.encode,
-                            say=lambda line: print(line, file=sys.stderr, flush=True)))
-    mesh = {axis: size for axis, size in compiler.mesh.shape.items() if size > 1}
-    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
-    heading = f"{flags.topology}: {compiler.mesh.size} chips, {axes}, preset {config.mesh.preset}, attention {config.runtime.attention}"
+    mesh = make_mesh(config.mesh.sizes, topology_devices(flags.topology))
+    rows = list(_rows(config, flags, mesh, say=lambda line: print(line, file=sys.stderr, flush=True)))
+    axes = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    told = ", ".join(f"{axis} {size}" for axis, size in axes.items())
+    heading = f"{flags.topology}: {mesh.size} chips, {told}, preset {config.mesh.preset}, attention {config.runtime.attention}"
     print(report.text(rows, heading, ASSUMPTIONS, markdown=flags.markdown))
     if flags.json:
-        write_text(flags.json, json.dumps({"topology": flags.topology, "chips": compiler.mesh.size, "mesh": mesh, "preset": config.mesh.preset,
+        write_text(flags.json, json.dumps({"topology": flags.topology, "chips": mesh.size, "mesh": axes, "preset": config.mesh.preset,
                                            "attention": config.runtime.attention, "assumptions": ASSUMPTIONS, "rows": rows}, indent=1))
     return int(flags.check and not all(row["fits"] for row in rows))
 

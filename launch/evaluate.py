@@ -28,7 +28,7 @@ from data_pipelines.prompts import Prompter
 from data_pipelines.samples import Sample
 from launch import cli
 from launch.config import parse
-from launch.sample import PICTURE_TASKS, model_directory
+from launch.generator import PICTURE_TASKS, model_directory
 from vino_jax.batch import TASKS, Batch, PackedTask
 from vino_jax.checkpoint import model as checkpoint
 from vino_jax.errors import UserError

@@ -23,7 +23,7 @@ from data_pipelines.packing import SamplingOptions, pack_rewrite
 from data_pipelines.prompts import Prompter
 from data_pipelines.tasks import Task, read_tasks
 from launch import cli
-from launch.sample import PICTURE_TASKS, model_directory
+from launch.generator import PICTURE_TASKS, model_directory
 from vino_jax.batch import Batch
 from vino_jax.checkpoint import atomic
 from vino_jax.checkpoint import model as checkpoint

@@ -3,65 +3,62 @@
     python -m launch.sample --checkpoint DIR --tasks FILE.json --output DIR [--root DIR] [--steps 50] [--seed 0] ...
 
 Writes OUTPUT/<index>.png or .mp4, and OUTPUT/<index>.npz with --save_latents. What is there already is kept. Ends with 0, with 1 when
-a task failed (the others are done), with 2 when flags or files are wrong.
+a task failed (the others are done), with 2 when flags or files are wrong. On several processes (launch/cli.py: join_processes) all
+generate together, and the first writes.
 """
 import argparse
 import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from data_pipelines.packing import SamplingOptions, check_options, pack_task
-from data_pipelines.prompts import Prompter
 from data_pipelines.tasks import Task, read_tasks
 from launch import cli
+from launch.generator import TILINGS, Asked, Generator, in_groups, model_directory
+from vino_jax import processes
 from vino_jax.batch import PackedTask
 from vino_jax.checkpoint import model as checkpoint
 from vino_jax.errors import UserError
-from vino_jax.models.vae_tiling import Tiling
-from vino_jax.models.vino import Vino
-from vino_jax.nn.runtime import Runtime
-from vino_jax.sampling.pipeline import POSTERIORS, Result, Sampler
-from vino_jax.sampling.video import write_latents, write_output
+from vino_jax.sampling.pipeline import BRANCHES, POSTERIORS, Progress, Result
+from vino_jax.sampling.sheet import write_sheet
+from vino_jax.sampling.video import read_metadata, write_latents, write_output
 from vino_jax.settings import SamplingConfig, build
-from vino_jax.sharding.mesh import make_mesh, parse_mesh
-from vino_jax.sharding.resolve import shardings
-from vino_jax.sharding.rules import preset
-
-# As the published VAE does by default, and as it does after enable_tiling().
-TILINGS = {"frames": Tiling(side=None), "full": Tiling()}
-PICTURE_TASKS = ("t2i", "ti2i", "ti2i_baseimg")
+from vino_jax.sharding.mesh import parse_mesh
+from vino_jax.train import compile_cache
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags; a value that is not given is the checkpoint's own, else the published model's."""
     p = cli.Parser(prog="launch.sample", description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--checkpoint", required=True, type=Path, help="model checkpoint, or the workdir of a finished training run")
-    p.add_argument("--tasks", required=True, type=Path, help="JSON array of {index, task, caption, ref_image_paths, ref_video_path, ...}")
+    p.add_argument("--tasks", required=True, type=Path, help="JSON array of {index, task, caption, ref_image_paths, ref_video_path, seed, ...}")
     p.add_argument("--output", required=True, type=Path, help="folder of the results")
     p.add_argument("--root", type=Path, default=Path("."), help="where the paths in the task file start (default: here)")
     p.add_argument("--height", type=int, help="of pictures 640, of clips 480; a multiple of 16; with the width the budget of references")
     p.add_argument("--width", type=int, help="of pictures 640, of clips 848; a multiple of 16")
     p.add_argument("--num_frames", type=int, help="of clips, 4k+1, at most 89 (default 85)")
     p.add_argument("--steps", type=int, help="of denoising (default 50)")
-    p.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="of the noise, for tasks that name none (default 0)")
     p.add_argument("--guidance", type=float, help="by the text (default 5 for pictures, 7 for clips)")
     p.add_argument("--image_guidance", type=float, help="by reference images; a third branch runs above 1.0 (default 1.0)")
-    p.add_argument("--negative_prompt", help="default: the published model's, for pictures and for clips")
+    p.add_argument("--negative_prompt", help="for tasks that name none (default: the published model's, for pictures and for clips)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation (default bfloat16, on a CPU float32)")
     p.add_argument("--posterior", choices=POSTERIORS, default="sample", help="of the VAE for references (default sample)")
     p.add_argument("--vae_tiling", choices=TILINGS, default="frames",
                    help="the VAE takes long clips in windows of frames (default), or large pictures in tiles too, in less memory")
     p.add_argument("--initial_noise", type=Path, help=".npz with one array (1, C, T, H, W) a task, named by its index")
     p.add_argument("--save_latents", action="store_true", help="also write <index>.npz: latents (1, C, T, H, W), scaled")
-    p.add_argument("--mesh", help="sizes of mesh axes, as data=1,seq=8 (default: fsdp over all accelerators; on a CPU one device)")
-    p.add_argument("--batch", type=int, default=1, help="tasks of equal shapes that one pass generates (default 1)")
+    p.add_argument("--contact_sheet", type=Path, metavar="FILE.png", help="also write one picture of all results with their prompts")
+    p.add_argument("--mesh", help="sizes of mesh axes, as fsdp=2,seq=8 (default: all accelerators share each sample; on a CPU one device)")
+    p.add_argument("--batch", type=int, default=1, help="tasks of equal shapes that are generated side by side (default 1)")
+    p.add_argument("--compile_cache", type=Path, metavar="DIR", help="keep compiled programs here for later runs")
     p.add_argument("--overwrite", action="store_true", help="generate again what the output folder has already")
     return p
 
@@ -69,9 +66,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 1 when a task failed. Raises UserError for wrong flags or files."""
     flags = parser().parse_args(argv)
+    cli.join_processes()
     directory = model_directory(flags.checkpoint)
-    info = checkpoint.read_info(directory)
-    defaults = build(SamplingConfig, info.sampling, "sampling.")
+    defaults = build(SamplingConfig, checkpoint.read_info(directory).sampling, "sampling.")
     check_flags(flags, defaults)
     tasks, problems = read_tasks(flags.tasks, flags.root)
     noise = read_noise(flags.initial_noise) if flags.initial_noise else None
@@ -79,46 +76,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = Report(len(tasks) + len(problems))
     for problem in problems:
         report.failed(str(problem))
-    waiting = []
+    # what the first process finds: on a disk of its own another one would find other files, and wait for ever for who keeps what it has not
+    done = {} if flags.overwrite else processes.of_first(lambda: {task.index: str(path) for task in tasks if (path := finished(flags, task))})
+    waiting = [task for task in tasks if task.index not in done]
     for task in tasks:
-        done = None if flags.overwrite else finished(flags, task)
-        if done:
-            report.kept(task.index, done)
-        else:
-            waiting.append(task)
+        if task.index in done:
+            report.kept(task.index, Path(done[task.index]), differing(Path(done[task.index]), metadata_asked(task, flags)))
     if waiting:
-        sampler, prompter = load_sampler(directory, info, flags), Prompter(checkpoint.processor_folder(directory))
-        for first in range(0, len(waiting), flags.batch):
-            generate(sampler, prompter, waiting[first:first + flags.batch], flags, defaults, noise, report)
+        if flags.compile_cache:
+            compile_cache.use(str(flags.compile_cache))
+        generator = Generator.load(directory, dtype=flags.dtype, mesh=flags.mesh, vae_tiling=flags.vae_tiling, tell=report.progress)
+        for group in in_groups(_packed(generator, waiting, flags, noise, report), flags.batch):
+            generate(generator, group, flags, defaults, noise, report)
+    if flags.contact_sheet and processes.is_first():
+        rows = [(f"{task.index}: {task.task}\n{task.caption}", path) for task in tasks if (path := finished(flags, task))]
+        write_sheet(flags.contact_sheet, rows)
     return report.end(flags.output)
 
 
-def model_directory(path: Path) -> Path:
-    """The model checkpoint at `path`, or that at the end of the training run there."""
-    return path / "model" if not (path / "model.json").exists() and (path / "model" / "model.json").exists() else path
-
-
-def options(flags: argparse.Namespace, defaults: SamplingConfig, picture: bool) -> SamplingOptions:
-    """Flags before the checkpoint's own values before the published ones."""
-
-    def first(*values):
-        return next((value for value in values if value is not None), None)
-
-    height, width = defaults.size(picture)
-    return SamplingOptions(
-        height=first(flags.height, height), width=first(flags.width, width), num_frames=first(flags.num_frames, defaults.num_frames),
-        seed=flags.seed, guidance=first(flags.guidance, defaults.guidance(picture)), shift=defaults.shift(picture),
-        image_guidance=first(flags.image_guidance, defaults.image_guidance), negative_prompt=flags.negative_prompt)
+def asked(flags: argparse.Namespace) -> Asked:
+    return Asked(flags.height, flags.width, flags.num_frames, flags.seed, flags.guidance, flags.image_guidance, flags.negative_prompt)
 
 
 def check_flags(flags: argparse.Namespace, defaults: SamplingConfig) -> None:
     """Raises UserError for values that no task could be generated with."""
-    for picture in (True, False):
-        check_options(options(flags, defaults, picture))
+    asked(flags).check(defaults)
     for name in ("steps", "batch"):
         value = getattr(flags, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
+    if flags.contact_sheet and flags.contact_sheet.suffix != ".png":
+        raise UserError(f"--contact_sheet {flags.contact_sheet} must end with .png")
     parse_mesh(flags.mesh or "")
 
 
@@ -139,21 +127,6 @@ def read_noise(path: Path) -> dict[str, np.ndarray]:
     return {name: np.moveaxis(array, 1, -1).astype(np.float32) for name, array in arrays.items()}
 
 
-def load_sampler(directory: Path, info: checkpoint.ModelInfo, flags: argparse.Namespace) -> Sampler:
-    """The model in the dtype of the computation, on the mesh."""
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = flags.dtype or ("float32" if on_cpu else "bfloat16")
-    vino = Vino(info.config, Runtime(dtype=dtype), TILINGS[flags.vae_tiling])
-    sizes = parse_mesh(flags.mesh) if flags.mesh else None if on_cpu or jax.device_count() == 1 else {"fsdp": -1}
-    mesh = rules = None
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), vino.abstract)
-    if sizes is not None:
-        mesh, rules = make_mesh(sizes), preset("fsdp")
-        placed = shardings(abstract, vino.axes, mesh, rules)
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
-    return Sampler(vino, checkpoint.restore(directory, abstract), mesh=mesh, rules=rules)
-
-
 def finished(flags: argparse.Namespace, task: Task) -> Path | None:
     """The result that the output folder has already, complete; None where there is none."""
     if flags.save_latents and not (flags.output / f"{task.index}.npz").exists():
@@ -161,58 +134,99 @@ def finished(flags: argparse.Namespace, task: Task) -> Path | None:
     return next((path for path in (flags.output / f"{task.index}{ending}" for ending in (".png", ".mp4")) if path.exists()), None)
 
 
-def generate(sampler: Sampler, prompter: Prompter, tasks: Sequence[Task], flags: argparse.Namespace, defaults: SamplingConfig,
+def metadata_asked(task: Task, flags: argparse.Namespace) -> dict[str, str]:
+    """What is known of an output before it is made, as `metadata` writes it."""
+    return {"prompt": task.caption, "seed": str(flags.seed if task.seed is None else task.seed)}
+
+
+def metadata(task: PackedTask, steps: int) -> dict[str, str]:
+    """What an output tells of itself."""
+    return {"prompt": task.prompt, "seed": str(task.seed), "task": task.task, "steps": str(steps), "guidance": f"{task.guidance:g}",
+            "image_guidance": f"{task.image_guidance:g}", "shift": f"{task.shift:g}",
+            "software": ", ".join(f"{name} {version(name)}" for name in ("vino_jax", "jax"))}
+
+
+def differing(path: Path, wanted: Mapping[str, str]) -> list[str]:
+    """In what an output that is there already differs from what is asked."""
+    found = read_metadata(path)
+    return [name for name, value in wanted.items() if found.get(name, value) != value]
+
+
+def generate(generator: Generator, packed: Sequence[PackedTask], flags: argparse.Namespace, defaults: SamplingConfig,
              noise: dict[str, np.ndarray] | None, report: "Report") -> None:
-    """Pack, sample and write some tasks; one that cannot be packed or written is reported and holds no other up, an error in
-    sampling (memory ran out) is reported for all of them."""
-    start = time.perf_counter()
-    packed = list(_packed(prompter, tasks, flags, defaults, noise, report))
+    """Sample and write tasks of equal shapes; one that cannot be written is reported and holds no other up, an error in sampling (memory
+    ran out) is reported for all of them."""
+    start, steps = time.perf_counter(), flags.steps or defaults.steps
     starts = None if noise is None else [noise[task.index] for task in packed]
     try:
-        results = sampler.generate_many(packed, steps=flags.steps or defaults.steps, posterior=flags.posterior, batch=flags.batch,
-                                        noise=starts)
+        results = generator.sampler.generate_many(packed, steps=steps, posterior=flags.posterior, batch=flags.batch, noise=starts)
     except (UserError, jax.errors.JaxRuntimeError) as error:
         for task in packed:
             report.failed(f"task {task.index}: {' '.join(str(error).split())}")
         return
     for task, result in zip(packed, results, strict=True):
         try:
-            report.written(task, _write(task, result, flags), (time.perf_counter() - start) / len(packed))
+            path = _write(task, result, flags, steps) if processes.is_first() else flags.output
+            report.written(task, path, (time.perf_counter() - start) / len(packed))
         except OSError as error:  # the disk is full
             report.failed(f"task {task.index}: cannot write to {flags.output}: {error.strerror or error}")
 
 
-def _packed(prompter: Prompter, tasks: Sequence[Task], flags: argparse.Namespace, defaults: SamplingConfig,
-            noise: dict[str, np.ndarray] | None, report: "Report") -> Iterator[PackedTask]:
+def _packed(generator: Generator, tasks: Sequence[Task], flags: argparse.Namespace, noise: dict[str, np.ndarray] | None,
+            report: "Report") -> Iterator[PackedTask]:
+    """Those that can be packed; the others are reported."""
     for task in tasks:
         try:
             if noise is not None and task.index not in noise:
                 raise UserError(f"task {task.index}: {flags.initial_noise} has no array of that name")
-            picture = task.task in PICTURE_TASKS or (flags.num_frames or defaults.num_frames) == 1
-            yield pack_task(task, prompter, options(flags, defaults, picture))
+            yield generator.pack(task, asked(flags))
         except UserError as error:
             report.failed(str(error))
 
 
-def _write(task: PackedTask, result: Result, flags: argparse.Namespace) -> Path:
+def _write(task: PackedTask, result: Result, flags: argparse.Namespace, steps: int) -> Path:
     if flags.save_latents:
         write_latents(flags.output / f"{task.index}.npz", result.latents)
-    return write_output(flags.output, task.index, result.pixels, {"prompt": task.prompt, "seed": str(task.seed)})
+    return write_output(flags.output, task.index, result.pixels, metadata(task, steps))
 
 
 @dataclass
 class Report:
-    """Lines of progress and, at the end, what came of all tasks."""
+    """Lines of progress and, at the end, what came of all tasks; of several processes the first prints them."""
 
     total: int
     counts: dict[str, int] = field(default_factory=lambda: {"written": 0, "kept": 0, "failed": 0})
     start: float = field(default_factory=time.perf_counter)
+    _seconds: float = 0.0  # of the tasks that were written
+    _loop: tuple[int, float] = (0, 0.0)  # step and time since which a loop runs without compiling
+
+    def progress(self, now: Progress) -> None:
+        """The branches at the start of a loop; on its way steps and seconds left, as soon as steps took time without compilation."""
+        clock = time.perf_counter()
+        names = ", ".join(now.tasks)
+        if now.step == 0:
+            self._loop = (0, 0.0)
+            self._say(f"    {names}: {now.steps} steps, {len(now.passes)} passes a step: "
+                      + "; ".join(" + ".join(BRANCHES[i] for i in members) for members in now.passes))
+            return
+        step, since = self._loop
+        left = ""
+        if since:
+            left = f", {(clock - since) / (now.step - step) * (now.steps - now.step):.0f} s of denoising left"
+        else:
+            self._loop = (now.step, clock)
+        others = self.total - sum(self.counts.values()) - len(now.tasks)
+        if self.counts["written"] and others > 0:
+            left += f", {self._seconds / self.counts['written'] * others:.0f} s for the {others} tasks after it"
+        self._say(f"    {names}: step {now.step} of {now.steps}{left}")
 
     def written(self, task: PackedTask, path: Path, seconds: float) -> None:
+        self._seconds += seconds
         self._line("written", f"{task.index}: {task.task} {task.frames}x{task.height}x{task.width} -> {path}, {seconds:.1f} s")
 
-    def kept(self, index: str, path: Path) -> None:
-        self._line("kept", f"{index}: kept {path} (--overwrite generates it again)")
+    def kept(self, index: str, path: Path, differs: Sequence[str]) -> None:
+        other = f", made with another {' and '.join(differs)}" if differs else ""
+        self._line("kept", f"{index}: kept {path}{other} (--overwrite generates it again)")
 
     def failed(self, reason: str) -> None:
         self._line("failed", f"FAILED {reason}", sys.stderr)
@@ -220,12 +234,17 @@ class Report:
     def end(self, output: Path) -> int:
         """Prints the summary; returns the exit code."""
         told = ", ".join(f"{count} {what}" for what, count in self.counts.items())
-        print(f"{self.total} tasks: {told}, {time.perf_counter() - self.start:.1f} s, in {output}", flush=True)
+        self._say(f"{self.total} tasks: {told}, {time.perf_counter() - self.start:.1f} s, in {output}")
         return 1 if self.counts["failed"] else 0
 
     def _line(self, what: str, text: str, stream=None) -> None:
         self.counts[what] += 1
-        print(f"[{sum(self.counts.values())}/{self.total}] {text}", file=stream or sys.stdout, flush=True)
+        self._say(f"[{sum(self.counts.values())}/{self.total}] {text}", stream)
+
+    @staticmethod
+    def _say(text: str, stream=None) -> None:
+        if processes.is_first():
+            print(text, file=stream or sys.stdout, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from PIL import Image
 from configs import models
 from launch import cli, sample
 from tests.data.folders import SMALL_VLM
+from tests.tolerances import BATCH_ROW_ABS
 from vino_jax.checkpoint import model as checkpoint
 from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
@@ -51,6 +52,7 @@ def test_tasks_are_written_kept_and_marked_as_failed(workdir, tmp_path, capsys):
     assert sorted(p.name for p in out.iterdir()) == ["one.npz", "one.png", "three.npz", "three.png"]
     with Image.open(out / "one.png") as image:
         assert image.size == (48, 32) and image.text["prompt"] == "a red circle" and image.text["seed"] == "0"
+        assert image.text["steps"] == "2" and image.text["guidance"] == "3" and "vino_jax " in image.text["software"]
     latents = np.load(out / "one.npz")["latents"]
     assert latents.shape == (1, 4, 1, 4, 6) and latents.dtype == np.float32
 
@@ -77,12 +79,53 @@ def test_initial_noise_and_overwrite(workdir, tmp_path, capsys):
     assert np.abs(np.load(out / "a.npz")["latents"] - a).max() > 0.1
 
 
+def test_seeds_progress_and_the_contact_sheet(workdir, tmp_path, capsys):
+    """A task's own seed is that of the flag; tasks of one shape run side by side, also where another one lies between them."""
+    tasks = [{"index": "a", "task": "t2i", "caption": "a red circle", "seed": 7}, {"index": "clip", "task": "t2v", "caption": "a ball"},
+             {"index": "b", "task": "t2i", "caption": "a red circle"}]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    command = ("--checkpoint", workdir, "--tasks", tmp_path / "tasks.json", "--steps", 3, "--save_latents")
+    assert run(*command, "--output", tmp_path / "one", "--batch", 2, "--contact_sheet", tmp_path / "sheet.png") == 0
+    told = capsys.readouterr().out
+    assert "    a, b: 3 steps, 1 passes a step: positive + negative\n" in told and "clip: step 2 of 3, " in told and " s of denoising left" in told
+    assert run(*command, "--output", tmp_path / "two", "--seed", 7) == 0
+    a, b, again, other = (np.load(tmp_path / name)["latents"] for name in ("one/a.npz", "one/b.npz", "two/b.npz", "one/clip.npz"))
+    assert np.abs(a - again).max() < BATCH_ROW_ABS * np.abs(a).max() and np.abs(a - b).max() > 0.1 and other.shape[2] == 2
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    thirds = [part[:, 320:].std() for part in np.split(pixels[:len(pixels) // 3 * 3], 3)]
+    assert min(thirds) > 5  # a picture in every row
+
+    tasks[2]["caption"] = "a blue square"
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    assert run(*command, "--output", tmp_path / "one", "--seed", 3) == 0
+    told = capsys.readouterr().out
+    assert "a: kept" in told and "b: kept" in told and "b.png, made with another prompt and seed (--overwrite" in told
+
+
+def test_image_guidance_without_an_image_to_leave_out_fails_its_task(workdir, tmp_path, capsys):
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
+    tasks = [{"index": "base", "task": "ti2i", "caption": "x", "ref_image_paths": ["red.png"], "ref_image_have_base": True},
+             {"index": "nan", "task": "t2i", "caption": "x", "seed": float("nan")}, {"index": "fine", "task": "t2i", "caption": "x"}]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    command = ("--checkpoint", workdir, "--tasks", tmp_path / "tasks.json", "--output", tmp_path / "out", "--root", tmp_path, "--steps", 1)
+    assert run(*command, "--image_guidance", 2) == 1
+    told = capsys.readouterr()
+    assert "task base: image guidance 2 has no image to leave out" in told.err and "(index nan): seed is nan" in told.err
+    assert told.err.count("\n") == 2 and "1 written, 0 kept, 2 failed" in told.out
+
+
 @pytest.mark.parametrize("extra, words", [
     (("--stepz", 3), "unrecognized arguments: --stepz 3"),
     (("--steps", "many"), "invalid int value: 'many'"),
     (("--steps", 0), "--steps 0 must be at least 1"),
     (("--height", 50), "height 50 and width 48 must be multiples of 16"),
     (("--num_frames", 8), "num_frames 8 must be 4k+1"),
+    (("--num_frames", 93), "num_frames 93 must be 4k+1 and at most 89"),
+    (("--guidance", "nan"), "guidance nan must be a finite number"),
+    (("--image_guidance", "inf"), "image_guidance inf must be a finite number"),
+    (("--seed", -1), "seed -1 must be a whole number from 0 to 4294967295"),
+    (("--contact_sheet", "sheet.jpg"), "--contact_sheet sheet.jpg must end with .png"),
     (("--dtype", "float8"), "invalid choice: 'float8'"),
     (("--mesh", "date=2"), "unknown mesh axis 'date'"),
     (("--initial_noise", "nothing.npz"), "cannot read the initial noise nothing.npz"),
@@ -121,7 +164,7 @@ def test_noise_of_a_wrong_kind(kind, tmp_path):
 
 
 def test_an_output_that_takes_nothing_is_told_before_the_model_is_loaded(workdir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sample, "load_sampler", None)
+    monkeypatch.setattr(sample.Generator, "load", None)
     (tmp_path / "tasks.json").write_text(json.dumps([{"index": 1, "task": "t2i", "caption": "x"}]))
     assert run("--checkpoint", workdir, "--tasks", tmp_path / "tasks.json", "--output", tmp_path / "tasks.json") == 2
     told = capsys.readouterr().err

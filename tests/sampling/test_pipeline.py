@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from configs import models
-from tests.tolerances import BATCH_ROW_ABS, SAMPLE_BF16_RMS
+from launch.generator import SHARDING
+from tests.tolerances import BATCH_ROW_ABS, SAMPLE_BF16_RMS, SAMPLE_MESH_ABS
 from vino_jax.batch import ROLE_PAD, BucketSpec, PackedTask
 from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
 from vino_jax.nn.runtime import Runtime
+from vino_jax.sampling import pipeline
 from vino_jax.sampling.pipeline import Sampler
 from vino_jax.settings import VinoConfig, build
 from vino_jax.sharding.mesh import make_mesh
@@ -116,10 +118,60 @@ def test_bfloat16_runs_close_to_float32(vino, params, sampler):
     assert np.sqrt(np.mean((half.latents - full.latents) ** 2)) < SAMPLE_BF16_RMS * np.sqrt(np.mean(full.latents ** 2))
 
 
-def test_a_mesh_gives_the_same_result(vino, params, sampler):
+MESHES = [{"seq": 2}, {"seq": 4}, {"seq": 8}, {"tensor": 2}, {"fsdp": 8}, {"fsdp": 2, "seq": 2, "tensor": 2}]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_mesh_gives_the_same_result(sizes, vino, params, sampler):
+    """Three branches, two of them in one pass, so that rows have to be filled up; the weights lie over the mesh."""
     task = packed(EDIT, 11, image_guidance=2.0)
-    mesh, rules = make_mesh({"fsdp": 2, "seq": 4}), preset("fsdp")
+    mesh, rules = make_mesh(sizes, jax.devices()[:np.prod(list(sizes.values()))]), preset(SHARDING)
     placed = jax.device_put(params, shardings(vino.abstract, vino.axes, mesh, rules))
     spread = Sampler(vino, placed, mesh=mesh, rules=rules).generate(task, steps=2)
     alone = sampler.generate(task, steps=2)
-    assert np.abs(spread.latents - alone.latents).max() < BATCH_ROW_ABS * max(1.0, np.abs(alone.latents).max())
+    assert np.abs(spread.latents - alone.latents).max() < SAMPLE_MESH_ABS * max(1.0, np.abs(alone.latents).max())
+    assert np.abs(spread.pixels.astype(int) - alone.pixels).max() <= 1
+    assert (spread.pixels != alone.pixels).mean() < 0.01  # where a value lies at the edge of a grey level
+
+
+def test_branches_give_the_same_in_passes_of_their_own(sampler, monkeypatch):
+    """As the third is, without the padding that one pass needs; also where tasks run side by side."""
+    tasks = [packed(EDIT, seed, image_guidance=2.0) for seed in (13, 14)]
+    shorter = [dataclasses.replace(task, branches=(*task.branches[:2], without_first(task.branches[2]))) for task in tasks]
+    results = {}
+    for passes in (((0, 1, 2),), ((0, 1), (2,)), ((0, 2), (1,)), ((2,), (1,), (0,))):
+        monkeypatch.setattr(pipeline, "choose", lambda *_, passes=passes, **__: passes)
+        results[passes] = sampler.generate_many(shorter, steps=2, batch=2)
+    first, *others = results.values()
+    padded = sampler.generate_many(tasks, steps=2, batch=2)
+    for other in [*others, padded]:
+        for one, two in zip(first, other, strict=True):
+            assert np.abs(one.latents - two.latents).max() < BATCH_ROW_ABS * max(1.0, np.abs(one.latents).max())
+
+
+def without_first(branch):
+    """A branch whose first reference, which is padding, is not there at all."""
+    assert (branch.role[:, :8] == ROLE_PAD).all()
+    return branch.replace(role=branch.role[:, 8:], source=branch.source[:, 8:], position=branch.position[:, 8:])
+
+
+def test_equal_prompts_are_conditioned_once(vino, params, monkeypatch):
+    counted = Sampler(vino, params)
+    calls, condition = [], counted._condition
+    monkeypatch.setattr(counted, "_condition", lambda *args: calls.append(1) or condition(*args))
+    one = packed(PICTURE, 21)
+    two = dataclasses.replace(packed(PICTURE, 22), branches=(packed(PICTURE, 22).branches[0], one.branches[1]))
+    together = counted.generate_many([one, two], steps=1, batch=2)
+    assert len(calls) == 3
+    counted.generate_many([two], steps=1)
+    assert len(calls) == 3
+    counted.params = jax.tree.map(lambda x: 2 * x, params)  # other parameters: nothing that was computed holds
+    changed = counted.generate_many([two], steps=1)
+    assert len(calls) == 5 and np.abs(changed[0].latents - together[1].latents).max() > 1e-3
+
+
+def test_progress_is_told_and_changes_nothing(vino, params, sampler):
+    told, task = [], packed(PICTURE, 23)
+    result = Sampler(vino, params, tell=told.append).generate(task, steps=25)
+    assert [one.step for one in told] == list(range(0, 25, 2)) and {(one.tasks, one.steps) for one in told} == {(("task23",), 25)}
+    assert np.array_equal(result.latents, sampler.generate(task, steps=25).latents)

@@ -1,4 +1,5 @@
 """Compile a program for a topology and tell what it takes of a chip, or by how much it does not fit."""
+import dataclasses
 import re
 import time
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": GIB << 10}
 @dataclass(frozen=True)
 class Memory:
     """Bytes of a chip. Outputs that take the place of donated arguments count as arguments. host: what lies in the host's
-    memory."""
+    memory. beside: what else lies on the chip while the program runs; it counts in the peak."""
 
     limit: float
     arguments: int | None = None
@@ -24,6 +25,7 @@ class Memory:
     outputs: int | None = None
     peak: int | None = None
     host: int | None = None
+    beside: int = 0
     needed: float | None = None  # where it does not fit
 
 
@@ -38,18 +40,21 @@ class Measured:
         return self.cost is not None
 
 
-def measure(lowered: jax.stages.Lowered, chip: Chip) -> Measured:
-    """Compile; a program that lacks memory is a finding, any other error is raised."""
+def measure(lowered: jax.stages.Lowered, chip: Chip, *, beside: int = 0) -> Measured:
+    """Compile; a program that lacks memory is a finding, any other error is raised. beside: bytes of a chip that are taken already."""
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "Ran out of memory" not in str(error):
             raise
-        return Measured(time.perf_counter() - start, Memory(chip.hbm, needed=needed_bytes(str(error))), None)
+        needed = needed_bytes(str(error))
+        return Measured(time.perf_counter() - start, Memory(chip.hbm, beside=beside, needed=None if needed is None else needed + beside), None)
     seconds, stats = time.perf_counter() - start, compiled.memory_analysis()
     memory = Memory(chip.hbm, stats.argument_size_in_bytes, stats.temp_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes,
-                    stats.peak_memory_in_bytes, stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes)
+                    stats.peak_memory_in_bytes + beside, stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes, beside)
+    if memory.peak > chip.hbm:
+        return Measured(seconds, dataclasses.replace(memory, needed=memory.peak), None)
     return Measured(seconds, memory, program_cost(compiled.as_text()))
 
 

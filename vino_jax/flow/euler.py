@@ -17,14 +17,15 @@ def schedule(steps: int, shift: jax.Array) -> jax.Array:
     return warp(jnp.linspace(1.0, 0.0, steps + 1, dtype=jnp.float32)[:, None], jnp.asarray(shift, jnp.float32)[None, :])
 
 
-def integrate(velocity: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, times: jax.Array) -> jax.Array:
-    """x <- x - (t_i - t_{i+1}) velocity(x, t_i), in float32 over all steps, in one scan.
+def integrate(velocity: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, times: jax.Array, first: int | jax.Array = 0,
+              last: int | jax.Array | None = None) -> jax.Array:
+    """x <- x - (t_i - t_{i+1}) velocity(x, t_i) for the steps first <= i < last (by default all), in float32, in one loop.
 
-    velocity: (x (B, ...), t (B,)) -> (B, ...); x: the noise (B, ...); times: (steps+1, B), falling, from `schedule`.
+    velocity: (x (B, ...), t (B,)) -> (B, ...); x: at first = 0 the noise (B, ...); times: (steps+1, B), falling, from `schedule`.
+    first, last: may be traced, so that one program takes any part of the way.
     """
 
-    def step(x, pair):
-        now, after = pair
-        return x - per_row(now - after, x.ndim) * velocity(x, now).astype(jnp.float32), None
+    def step(i, x):
+        return x - per_row(times[i] - times[i + 1], x.ndim) * velocity(x, times[i]).astype(jnp.float32)
 
-    return jax.lax.scan(step, x.astype(jnp.float32), (times[:-1], times[1:]))[0]
+    return jax.lax.fori_loop(first, len(times) - 1 if last is None else last, step, x.astype(jnp.float32))

@@ -1,10 +1,13 @@
 """From packed tasks to latents and pixels: references to the pool, branches to conditioning, one compiled denoising loop, decoding.
 
 Dims: B tasks in one pass, G guidance branches (positive, negative, negative without images), K pool tokens, P values a latent token,
-F H W frames, height, width in pixels, f h w in latents, C latent channels. Branch g of task b is row g*B + b.
+F H W frames, height, width in pixels, f h w in latents, C latent channels. A pass of some branches (passes.py) has the rows of its first
+branch, a task each, then those of the next, and repeats its last row where rows lie on several devices and do not divide.
 """
 import contextlib
-from collections.abc import Sequence
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vino_jax.batch import LATENT_COMPRESSION, Batch, PackedTask, latent_frames
+from vino_jax.batch import LATENT_COMPRESSION, Batch, PackedTask, latent_frames, visual_tokens
 from vino_jax.errors import UserError
 from vino_jax.flow.euler import integrate, schedule
 from vino_jax.flow.guidance import guide
 from vino_jax.models.context import patchify
 from vino_jax.models.vino import Conditioning, Vino
-from vino_jax.sharding.constrain import use_sharding
+from vino_jax.sampling.passes import Passes, choose
+from vino_jax.sharding.constrain import shards, use_sharding
 
 POSTERIORS = ("sample", "mode")
+BRANCHES = ("positive", "negative", "negative without images")
+_TELLS = 10  # times that a denoising loop tells of its progress
+_KEPT = 16  # conditionings, of 20 MB each at full size
+# Fields of a Batch that the VLM and the connectors read; of the others only the MMDiT does.
+_READ = ("tokens", "prompt_mask", "mrope", "visual_index", "patches", "patch_coords", "patch_segment")
 
 
 @dataclass(frozen=True)
@@ -33,21 +42,42 @@ class Result:
     pixels: np.ndarray  # (F, H, W, 3) uint8; F = 1 is a picture
 
 
+@dataclass(frozen=True)
+class Progress:
+    """Of tasks side by side: their names, the branches of every pass, and how many of `steps` are done."""
+
+    tasks: tuple[str, ...]
+    passes: Passes
+    step: int
+    steps: int
+
+
 class Sampler:
     """Generates with `vino` and `params` (which may be replaced between calls, as previews of a training run do).
 
     mesh, rules: where given, params lie on that mesh and the model's sharding hints follow the rules (sharding/rules.py).
+    tell: called with the Progress of a denoising loop, at its start and some ten times on its way.
     A set of shapes is compiled at its first use and kept for the life of the sampler.
     """
 
-    def __init__(self, vino: Vino, params: Any, *, mesh: Mesh | None = None, rules: dict | None = None):
+    def __init__(self, vino: Vino, params: Any, *, mesh: Mesh | None = None, rules: dict | None = None,
+                 tell: Callable[[Progress], None] | None = None):
         self.vino, self.params = vino, params
-        self._mesh, self._rules = mesh, rules
+        self._mesh, self._rules, self._tell = mesh, rules, tell
         whole = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
         self._encode = jax.jit(self._encode_rows)
         self._condition = jax.jit(vino.condition)
-        self._denoise = jax.jit(self._denoise_rows, static_argnames=("steps",), **whole)
+        self._denoise = jax.jit(self._denoise_rows, static_argnames=("steps", "passes"), **whole)
         self._decode = jax.jit(vino.decode, **whole)
+
+    @property
+    def params(self) -> Any:
+        return self._params
+
+    @params.setter
+    def params(self, params: Any) -> None:
+        self._params = params
+        self._conditioned: OrderedDict[bytes, Conditioning] = OrderedDict()  # of these parameters alone
 
     def generate(self, task: PackedTask, *, steps: int, posterior: str = "sample", noise: np.ndarray | None = None) -> Result:
         """One task in `steps` Euler steps.
@@ -59,7 +89,7 @@ class Sampler:
 
     def generate_many(self, tasks: Sequence[PackedTask], *, steps: int, posterior: str = "sample", batch: int = 8,
                       noise: Sequence[np.ndarray | None] | None = None) -> list[Result]:
-        """The same for many tasks, those of equal shapes together, up to `batch` in a pass; results in the order of `tasks`.
+        """The same for many tasks, those of equal shapes together, up to `batch` at a time; results in the order of `tasks`.
 
         A task's result does not depend on its neighbours: noise and posterior samples come from its own seed.
         """
@@ -70,22 +100,52 @@ class Sampler:
         starts = [self._noise(task, given) for task, given in zip(tasks, noise or [None] * len(tasks), strict=True)]
         groups: dict[tuple, list[int]] = {}
         for i, task in enumerate(tasks):
-            groups.setdefault(_shapes(task), []).append(i)
+            groups.setdefault(shapes(task), []).append(i)
         results: dict[int, Result] = {}
         for members in groups.values():
             for first in range(0, len(members), batch):
                 rows = members[first:first + batch]
-                # The last pass is filled up with its last row, so that it needs no program of its own.
+                # The last ones are filled up with their last row, so that they need no program of their own.
                 filled = rows + [rows[-1]] * (min(batch, len(members)) - len(rows))
                 latents, pixels = self._run([tasks[i] for i in filled], np.concatenate([starts[i] for i in filled]), steps, posterior)
                 for row, i in enumerate(rows):
                     results[i] = Result(tasks[i].index, latents[row:row + 1], pixels[row])
         return [results[i] for i in range(len(tasks))]
 
+    def passes(self, tasks: Sequence[PackedTask]) -> Passes:
+        """Which branches of tasks of equal shapes run together."""
+        config = self.vino.config
+        with self._active():
+            return choose([branch_tokens(tasks[0], branch) + config.queries for branch in tasks[0].branches], config.mmdit.width,
+                          copies=len(tasks), shards=shards("batch"))
+
+    def lowered(self, task: PackedTask, *, steps: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
+        """(name, program) of all that generating `task` runs, for ahead-of-time compilation; params may be ShapeDtypeStructs."""
+        passes, tokens, conditionings = self.passes([task]), [], []
+        with self._active():
+            keys = jax.eval_shape(lambda: jnp.stack([jax.random.key(0)]))
+            for i, pixels in enumerate(task.references):
+                yield f"encode reference {i + 1}", self._encode.lower(self.params, pixels[None], keys)
+                tokens.append(jax.eval_shape(self._encode_rows, self.params, pixels[None], keys))
+            for branch, name in zip(task.branches, BRANCHES):
+                yield f"condition {name}", self._condition.lower(self.params, branch)
+                conditionings.append(jax.eval_shape(self.vino.condition, self.params, branch))
+            pool = jax.eval_shape(_joined, tokens) if tokens else None
+            latents, one = jax.ShapeDtypeStruct(self._latent_shape(task), jnp.float32), np.ones(1, np.float32)
+            rows = self._rows([task], passes, [conditionings])
+            yield "denoise", self._denoise.lower(self.params, latents, pool, rows, one, one, one, 0, steps, steps=steps, passes=passes)
+            yield "decode", self._decode.lower(self.params, latents)
+
+    def _active(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._mesh is None else use_sharding(self._mesh, self._rules)
+
+    def _latent_shape(self, task: PackedTask) -> tuple[int, ...]:
+        return (1, latent_frames(task.frames), task.height // LATENT_COMPRESSION, task.width // LATENT_COMPRESSION,
+                self.vino.config.vae.latent_channels)
+
     def _noise(self, task: PackedTask, given: np.ndarray | None) -> np.ndarray:
         """(1, f, h, w, C) float32."""
-        shape = (1, latent_frames(task.frames), task.height // LATENT_COMPRESSION, task.width // LATENT_COMPRESSION,
-                 self.vino.config.vae.latent_channels)
+        shape = self._latent_shape(task)
         if given is None:
             return np.asarray(jax.random.normal(jax.random.key(task.seed), shape, jnp.float32))
         if given.shape != shape:
@@ -93,15 +153,19 @@ class Sampler:
         return np.asarray(given, np.float32)
 
     def _run(self, tasks: list[PackedTask], noise: np.ndarray, steps: int, posterior: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tasks of equal shapes in one pass: latents (B, f, h, w, C) and pixels (B, F, H, W, 3)."""
-        rows = [task.branches[g] for g in range(len(tasks[0].branches)) for task in tasks]
-        branches = jax.device_put(jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows))
-        per_task = [np.asarray([getattr(task, name) for task in tasks], np.float32) for name in ("shift", "guidance", "image_guidance")]
-        active = contextlib.nullcontext() if self._mesh is None else use_sharding(self._mesh, self._rules)
-        with active:
+        """Tasks of equal shapes side by side: latents (B, f, h, w, C) and pixels (B, F, H, W, 3)."""
+        passes, latents = self.passes(tasks), noise
+        numbers = [np.asarray([getattr(task, name) for task in tasks], np.float32) for name in ("shift", "guidance", "image_guidance")]
+        with self._active():
             pool = self._pool(tasks, posterior)
-            conditioning = self._condition(self.params, branches)
-            latents = self._denoise(self.params, noise, pool, branches, conditioning, *per_task, steps=steps)
+            rows = self._rows(tasks, passes, [[self._conditioning(branch) for branch in task.branches] for task in tasks])
+            # one program for every stretch of the loop; only who tells of progress takes several
+            size = steps if self._tell is None else max(1, steps // _TELLS)
+            for first in range(0, steps, size):
+                if self._tell is not None:
+                    jax.block_until_ready(latents)
+                    self._tell(Progress(tuple(task.index for task in tasks), passes, first, steps))
+                latents = self._denoise(self.params, latents, pool, rows, *numbers, first, min(first + size, steps), steps=steps, passes=passes)
             pixels = self._decode(self.params, latents)
         return np.asarray(latents), np.asarray(pixels)
 
@@ -113,31 +177,76 @@ class Sampler:
             if posterior == "sample":  # the noise has the seed's key itself, reference i its (i+1)-th fold
                 keys = jnp.stack([jax.random.fold_in(jax.random.key(task.seed), i + 1) for task in tasks])
             tokens.append(self._encode(self.params, np.stack(same), keys))
-        return jnp.concatenate(tokens, axis=1) if tokens else None
+        return _joined(tokens) if tokens else None
 
     def _encode_rows(self, params: Any, pixels_BFHWC: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         """uint8 pixels of one reference of each task -> its latent tokens (B, fhw/4, P); keys None: the posterior's mode."""
         latents = self.vino.latents(self.vino.encode(params, pixels_BFHWC), keys_B)
         return patchify(latents, self.vino.config.mmdit.patch)
 
-    def _denoise_rows(self, params: Any, noise_BfhwC: jax.Array, pool_BKP: jax.Array | None, branches: Batch,
-                      conditioning: Conditioning, shift_B: jax.Array, text_B: jax.Array, image_B: jax.Array, *, steps: int) -> jax.Array:
-        """Scaled latents (B, f, h, w, C); branches and conditioning have G*B rows, all of them in one pass a step."""
-        count = branches.role.shape[0] // noise_BfhwC.shape[0]
+    def _conditioning(self, branch: Batch) -> Conditioning:
+        """Of a branch, one row; those of equal prompts (a task file's negative ones) are computed once."""
+        key = hashlib.sha256(repr(bool(branch.role.shape[1])).encode())
+        for name in _READ:
+            array = np.ascontiguousarray(getattr(branch, name))
+            key.update(repr(array.shape).encode() + array.tobytes())
+        name = key.digest()
+        if name not in self._conditioned:
+            self._conditioned[name] = self._condition(self.params, branch)
+        self._conditioned.move_to_end(name)
+        found = self._conditioned[name]
+        if len(self._conditioned) > _KEPT:
+            self._conditioned.popitem(last=False)
+        return found
 
-        def all_branches(x):
-            return jnp.concatenate([x] * count, axis=0)
+    def _rows(self, tasks: Sequence[PackedTask], passes: Passes, conditionings: Sequence[Sequence[Any]]) -> list[list[tuple[Batch, Any]]]:
+        """Of every pass its rows, (branch without what the VLM reads, conditioning), filled up to a multiple of the shards of rows."""
+        rows = [[(task.branches[g].replace(**dict.fromkeys(_READ)), own[g]) for g in members for task, own in zip(tasks, conditionings)]
+                for members in passes]
+        return [own + own[-1:] * (-len(own) % shards("batch")) for own in rows]
 
-        pool = None if pool_BKP is None else all_branches(pool_BKP)
+    def _denoise_rows(self, params: Any, latents_BfhwC: jax.Array, pool_BKP: jax.Array | None, rows: list[list[tuple[Batch, Conditioning]]],
+                      shift_B: jax.Array, text_B: jax.Array, image_B: jax.Array, first: jax.Array, last: jax.Array, *, steps: int,
+                      passes: Passes) -> jax.Array:
+        """Scaled latents (B, f, h, w, C) after the steps first <= i < last of `steps`."""
+        count = len(latents_BfhwC)
+        joined = [_joined_rows(own) for own in rows]
+
+        def spread(x_B: jax.Array, i: int) -> jax.Array:  # a task's values for its rows in pass i
+            return jnp.take(x_B, np.arange(len(rows[i])) % count, axis=0)
+
+        pools = [None if pool_BKP is None else spread(pool_BKP, i) for i in range(len(passes))]
 
         def velocity(x, time_B):
-            v = self.vino.velocity(params, all_branches(x), all_branches(time_B), pool, branches, conditioning)
-            return guide(v.reshape(count, *x.shape), text_B, image_B)
+            of_branch = {}
+            for i, members in enumerate(passes):
+                v = self.vino.velocity(params, spread(x, i), spread(time_B, i), pools[i], *joined[i])
+                of_branch |= zip(members, v[:len(members) * count].reshape(len(members), *x.shape))
+            return guide(jnp.stack([of_branch[g] for g in sorted(of_branch)]), text_B, image_B)
 
-        return integrate(velocity, noise_BfhwC, schedule(steps, shift_B))
+        return integrate(velocity, latents_BfhwC, schedule(steps, shift_B), first, last)
 
 
-def _shapes(task: PackedTask) -> tuple:
-    """What must be equal for two tasks to run in one pass."""
+def shapes(task: PackedTask) -> tuple:
+    """What must be equal for two tasks to run side by side."""
     leaves = tuple(leaf.shape for branch in task.branches for leaf in jax.tree.leaves(branch))
     return len(task.branches), leaves, tuple(r.shape for r in task.references), task.frames, task.height, task.width
+
+
+def branch_tokens(task: PackedTask, branch: Batch) -> int:
+    """Of a branch in the MMDiT: target, references and prompt; the queries come on top."""
+    return visual_tokens(task.frames, task.height, task.width) + branch.role.shape[1] + branch.tokens.shape[1]
+
+
+def _joined(tokens: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate(tokens, axis=1)
+
+
+def _joined_rows(rows: Sequence[tuple[Batch, Conditioning]]) -> tuple[Batch, Conditioning]:
+    """Rows of one pass, their tokens (dim 1) padded to the longest: zeros are padding in all of these fields."""
+    def join(*leaves):
+        longest = max(leaf.shape[1] for leaf in leaves) if leaves[0].ndim > 1 else 0
+        return jnp.concatenate([x if x.ndim == 1 else jnp.pad(x, [(0, 0), (0, longest - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]) for x in leaves])
+
+    batch, conditioning = jax.tree.map(join, *rows)
+    return batch, conditioning

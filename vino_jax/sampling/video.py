@@ -1,4 +1,4 @@
-"""Writing what was generated: png, mp4, latents. A file appears under its name only when it is whole."""
+"""Writing what was generated: png, mp4, latents; and reading it back. A file appears under its name only when it is whole."""
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
@@ -10,12 +10,14 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from vino_jax.errors import UserError
+
 FPS = 24  # SPEC 7
 _CRF = "12"
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` with the same ending, renamed to it at the end and removed on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -31,14 +33,14 @@ def write_png(path: Path, pixels: np.ndarray, metadata: Mapping[str, str]) -> No
     text = PngInfo()
     for name, value in metadata.items():
         text.add_itxt(name, value)
-    with _whole(path) as temporary:
+    with whole_file(path) as temporary:
         Image.fromarray(pixels).save(temporary, pnginfo=text)
 
 
 def write_mp4(path: Path, pixels: np.ndarray, metadata: Mapping[str, str]) -> None:
     """One clip, uint8 (F, H, W, 3) with even H and W, 24 frames a second: libx264, yuv420p, crf 12; metadata as container tags."""
     _, height, width, _ = pixels.shape
-    with _whole(path) as temporary:
+    with whole_file(path) as temporary:
         with av.open(str(temporary), "w", options={"movflags": "+faststart+use_metadata_tags"}) as container:
             container.metadata.update(metadata)
             stream = container.add_stream("libx264", rate=Fraction(FPS), options={"crf": _CRF})
@@ -65,5 +67,29 @@ def write_output(directory: Path, index: str, pixels: np.ndarray, metadata: Mapp
 
 def write_latents(path: Path, latents_BFHWC: np.ndarray) -> None:
     """Scaled latents (1, f, h, w, C) as an npz with the key `latents` in the published layout (1, C, T, H, W), float32."""
-    with _whole(path) as temporary:
+    with whole_file(path) as temporary:
         np.savez(temporary, latents=np.moveaxis(latents_BFHWC, -1, 1).astype(np.float32))
+
+
+def read_frames(path: Path) -> list[np.ndarray]:
+    """Frames, uint8 (H, W, 3), of a picture or a clip. Raises UserError for a file that is neither."""
+    try:
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                return [np.asarray(image.convert("RGB"))]
+        with av.open(str(path)) as container:
+            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (OSError, ValueError, av.FFmpegError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `write_output` was given as metadata, and what the container adds. Raises UserError for a file that cannot be read."""
+    try:
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                return dict(image.text)
+        with av.open(str(path)) as container:
+            return dict(container.metadata)
+    except (OSError, ValueError, av.FFmpegError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None

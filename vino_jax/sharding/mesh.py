@@ -44,6 +44,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(_arranged(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def sampling_mesh(devices: int, heads: int) -> dict[str, int]:
+    """Sizes of a mesh on which few samples use every device: tokens lie over as many as divide the heads of attention and the devices,
+    weights and rows over the rest."""
+    seq = math.gcd(devices, heads)
+    return {"fsdp": devices // seq, "seq": seq}
+
+
 def _arranged(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
     """Devices so that neighbours on the mesh are neighbours in the torus; several slices lie along "data", all else inside of one."""
     tpu = devices[0].platform == "tpu"  # GPUs have slices too: their hosts, which may lie on any axis
