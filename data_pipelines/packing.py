@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipelines.files import read_image
 from data_pipelines.pixels import Patches, crop_to_tokens, letterbox, letterbox_size, read_clip, read_sampled
-from data_pipelines.prompts import EncodedPrompt, Prompter
+from data_pipelines.prompts import REWRITE_SYSTEM, EncodedPrompt, Prompter
 from data_pipelines.samples import Sample, check_finite
 from data_pipelines.tasks import IMAGE_SIZED, MAX_SEED, NEGATIVE_IMAGE, NEGATIVE_VIDEO, VIDEO_SIZED, Task
 from vino_jax.batch import (
@@ -205,18 +205,45 @@ def pack_task(task: Task, prompter: Prompter, options: SamplingOptions) -> Packe
         if options.image_guidance > 1.0 and task.base_image and len(task.images) == 1:
             raise UserError(f"image guidance {options.image_guidance:g} has no image to leave out: the only one is the base image "
                             "(ref_image_have_base), which it keeps")
-        budget = options.height * options.width
-        images = []
-        for path in task.images:
-            image = read_image(path)
-            images.append(letterbox(image, *letterbox_size(*image.shape[:2], budget)))
-        video = seen = None
-        if task.video is not None:
-            video = read_clip(task.video, options.num_frames, budget)
-            seen = prompter.see_sampled(read_sampled(task.video, prompter.limits.video_frames))
-        return _pack_branches(task.index, task.task, task.caption, images, video, seen, task.base_image, prompter, options)
+        images, clip = _references(task, prompter, options)
+        video = None if task.video is None else read_clip(task.video, options.num_frames, options.height * options.width)
+        return _pack_branches(task.index, task.task, task.caption, images, video, clip, task.base_image, prompter, options)
     except UserError as error:
         raise UserError(f"task {task.index}: {error}") from None
+
+
+def pack_rewrite(task: Task, prompter: Prompter, options: SamplingOptions) -> Batch:
+    """What the VLM reads to rewrite the caption of a task, with the references as `pack_task` shows them to it: one row (B = 1) without
+    references for the MMDiT. Raises UserError, naming the task, for what cannot be read.
+    """
+    try:
+        images, clip = _references(task, prompter, options)
+        prompt = prompter.encode(task.caption, [prompter.see_image(image) for image in images], clip, REWRITE_SYSTEM)
+    except UserError as error:
+        raise UserError(f"task {task.index}: {error}") from None
+    return prompt_row(prompt, task.task)
+
+
+def prompt_row(prompt: EncodedPrompt, task: str) -> Batch:
+    """A prompt for the VLM alone (B = 1), tokens and patches padded to sizes of which there are few, so that few programs compile."""
+    sizes = padded_size(len(prompt.ids)), padded_size(len(prompt.patches)), 0
+    nowhere = np.zeros(0, np.int32)  # the boundary tokens lead to no latents here
+    return collate([pack_row(replace(prompt, starts=nowhere, ends=nowhere), (), (), sizes, task=task, shift=0.0)])
+
+
+def padded_size(count: int) -> int:
+    """The least of 0, 64, 96, 128, 192, 256, 384, ... that holds `count`."""
+    power = 1 << max(6, (count - 1).bit_length())
+    return 0 if not count else power * 3 // 4 if 64 < count <= power * 3 // 4 else power
+
+
+def _references(task: Task, prompter: Prompter, options: SamplingOptions) -> tuple[list[np.ndarray], Patches | None]:
+    """The images of a task, letterboxed, and what the VLM sees of its clip."""
+    images = []
+    for path in task.images:
+        image = read_image(path)
+        images.append(letterbox(image, *letterbox_size(*image.shape[:2], options.height * options.width)))
+    return images, None if task.video is None else prompter.see_sampled(read_sampled(task.video, prompter.limits.video_frames))
 
 
 def pack_example(sample: Sample, text: str, prompter: Prompter, options: SamplingOptions,

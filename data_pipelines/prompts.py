@@ -16,6 +16,7 @@ from vino_jax.errors import UserError
 SYSTEM = "You are a helpful assistant aimed at generating an output video caption."
 REWRITE_SYSTEM = (SYSTEM + " Based on the user's input command, provide a caption describing the video and output it directly. ")
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 
@@ -49,7 +50,7 @@ class Prompter:
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), clean_up_tokenization_spaces=False)
         self._encoder = self.tokenizer.backend_tokenizer  # loaders encode from several threads, which the wrapper does not allow
         self._special = self.tokenizer.get_added_vocab()
-        missing = [t for t in (IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD) if t not in self._special]
+        missing = [t for t in (IM_START, IM_END, END_OF_TEXT, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD) if t not in self._special]
         if missing:
             raise UserError(f"the tokenizer of {folder} lacks {', '.join(missing)}: it is not Qwen3-VL's")
 
@@ -99,9 +100,15 @@ class Prompter:
         parts.append(f"{text}{IM_END}\n{IM_START}assistant\n")
         return np.asarray(self._encoder.encode("".join(parts), add_special_tokens=False).ids, np.int32)
 
+    @property
+    def stops(self) -> tuple[int, int]:
+        """Ids of the tokens with which the VLM ends what it writes."""
+        return self.token_id(IM_END), self.token_id(END_OF_TEXT)
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated ids, without special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        """Text of generated ids, without what `encode` would refuse in a text."""
+        special = set(self._special.values())
+        return self.tokenizer.decode([i for i in ids if i not in special])
 
     def positions(self, ids: np.ndarray, grids: Sequence[tuple[int, int, int]]) -> np.ndarray:
         """MRoPE positions (3, L) int32 of a prompt whose references have these patch grids, in the order of the prompt.

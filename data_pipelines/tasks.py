@@ -2,8 +2,9 @@
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vino_jax.batch import TASKS
 from vino_jax.errors import UserError
@@ -41,6 +42,7 @@ class Task:
     base_image: bool = False  # the last image is what is edited: image guidance keeps it
     seed: int | None = None  # of its noise, where it has one of its own
     negative_prompt: str | None = None
+    entry: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # as the file has it
 
 
 def read_tasks(path: str | Path, root: str | Path = ".") -> tuple[list[Task], list[UserError]]:
@@ -95,7 +97,8 @@ def parse_task(entry: Mapping, root: Path, where: str) -> Task:
     if negative is not None and not isinstance(negative, str):
         raise UserError(f"{where}: negative_prompt is {negative!r}; it must be a text")
     images, video = _references(entry, name, root, where)
-    return Task(str(index), "ti2i_baseimg" if name == "ti2i" and base else name, caption, images, video, base and bool(images), seed, negative)
+    name = "ti2i_baseimg" if name == "ti2i" and base else name
+    return Task(str(index), name, caption, images, video, base and bool(images), seed, negative, entry)
 
 
 def _references(entry: Mapping, name: str, root: Path, where: str) -> tuple[tuple[Path, ...], Path | None]:
