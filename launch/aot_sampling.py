@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from launch.generator import TILINGS, param_structs
+from launch.generator import TILINGS, placed
 from vino_jax.aot import report
 from vino_jax.aot.chips import chip_of
 from vino_jax.aot.measure import measure
@@ -42,7 +42,7 @@ def rows(config: RunConfig, architecture: VinoConfig, topology: str, mesh: jax.s
     """A row for each program of each bucket. Of the denoising loop one step counts, as its turns are an argument of the program."""
     rules, chip = preset(config.mesh.preset), chip_of(topology)
     vino = Vino(architecture, config.runtime, TILINGS[tiling])
-    structs = param_structs(vino, config.runtime.dtype, mesh, rules)
+    structs = placed(vino.abstract, vino.axes, config.runtime.dtype, mesh, rules)
     held = {part: describe(tree, jax.tree.map(lambda x: x.sharding, tree))["bytes_a_device"] for part, tree in structs.items()}
     sampler = Sampler(vino, structs, mesh=mesh, rules=rules)
     for bucket in buckets:

@@ -7,10 +7,10 @@
 
 A task is an entry of a task file (data_pipelines/tasks.py), its paths from `root` on. launch.sample is this on the command line.
 """
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from vino_jax.checkpoint import model as checkpoint
 from vino_jax.models.vae_tiling import Tiling
 from vino_jax.models.vino import Vino
 from vino_jax.nn.runtime import Runtime
-from vino_jax.sampling.pipeline import Progress, Result, Sampler, shapes
+from vino_jax.sampling.pipeline import Progress, Result, Sampler
 from vino_jax.settings import SamplingConfig, build
 from vino_jax.sharding.mesh import make_mesh, parse_mesh, sampling_mesh
 from vino_jax.sharding.resolve import shardings
@@ -32,6 +32,7 @@ from vino_jax.sharding.rules import preset
 # As the published VAE does by default, and as it does after enable_tiling().
 TILINGS = {"frames": Tiling(side=None), "full": Tiling()}
 PICTURE_TASKS = ("t2i", "ti2i", "ti2i_baseimg")
+T = TypeVar("T")
 SHARDING = "fsdp_seq"  # preset: weights lie over "seq" too, over which a sampling mesh has most of its devices
 
 
@@ -84,14 +85,9 @@ class Generator:
         """
         directory = model_directory(Path(directory))
         info = checkpoint.read_info(directory)
-        on_cpu = jax.default_backend() == "cpu"
-        dtype = dtype or ("float32" if on_cpu else "bfloat16")
-        vino = Vino(info.config, Runtime(dtype=dtype), TILINGS[vae_tiling])
-        sizes = parse_mesh(mesh) if isinstance(mesh, str) else mesh
-        if not sizes and not on_cpu and jax.device_count() > 1:
-            sizes = sampling_mesh(jax.device_count(), info.config.mmdit.heads)
-        lies, rules = (make_mesh(sizes), preset(SHARDING)) if sizes else (None, None)
-        params = checkpoint.restore(directory, param_structs(vino, dtype, lies, rules))
+        dtype, lies = placement(dtype, mesh, sampling_mesh(jax.device_count(), info.config.mmdit.heads))
+        vino, rules = Vino(info.config, Runtime(dtype=dtype), TILINGS[vae_tiling]), preset(SHARDING) if lies else None
+        params = checkpoint.restore(directory, placed(vino.abstract, vino.axes, dtype, lies, rules))
         return cls(Sampler(vino, params, mesh=lies, rules=rules, tell=tell), Prompter(checkpoint.processor_folder(directory)),
                    build(SamplingConfig, info.sampling, "sampling."))
 
@@ -122,21 +118,31 @@ def model_directory(path: Path) -> Path:
     return path / "model" if not (path / "model.json").exists() and (path / "model" / "model.json").exists() else path
 
 
-def param_structs(vino: Vino, dtype: str, mesh: jax.sharding.Mesh | None, rules: dict | None) -> Any:
-    """ShapeDtypeStructs of all parameters in `dtype`, on the mesh where there is one."""
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), vino.abstract)
+def placement(dtype: str | None, mesh: Mapping[str, int] | str | None, spread: Mapping[str, int]) -> tuple[str, jax.sharding.Mesh | None]:
+    """The dtype of weights and computation, and the mesh that they lie on, None for one device; spread: its sizes where `mesh` asks for
+    none and there are several accelerators."""
+    on_cpu = jax.default_backend() == "cpu"
+    sizes = parse_mesh(mesh) if isinstance(mesh, str) else mesh
+    if not sizes and not on_cpu and jax.device_count() > 1:
+        sizes = spread
+    return dtype or ("float32" if on_cpu else "bfloat16"), make_mesh(sizes) if sizes else None
+
+
+def placed(abstract: Any, axes: Any, dtype: str, mesh: jax.sharding.Mesh | None, rules: dict | None) -> Any:
+    """ShapeDtypeStructs of parameters in `dtype`, on the mesh where there is one."""
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
     if mesh is None:
-        return abstract
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract,
-                        shardings(abstract, vino.axes, mesh, rules))
+        return structs
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), structs, shardings(structs, axes, mesh, rules))
 
 
-def in_groups(packed: Iterable[PackedTask], batch: int) -> Iterator[list[PackedTask]]:
-    """Tasks of equal shapes together, `batch` of them or, at the end, what is left; a task waits until its group is full."""
-    waiting: dict[tuple, list[PackedTask]] = {}
-    for task in packed:
-        group = waiting.setdefault(shapes(task), [])
-        group.append(task)
-        if len(group) == batch:
-            yield waiting.pop(shapes(task))
+def in_groups(items: Iterable[T], shape: Callable[[T], Hashable], size: int) -> Iterator[list[T]]:
+    """Items of equal shapes together, `size` of them or, at the end, what is left. An item waits until its group is full, so of every shape
+    few are in memory."""
+    waiting: dict[Hashable, list[T]] = {}
+    for item in items:
+        group = waiting.setdefault(shape(item), [])
+        group.append(item)
+        if len(group) == size:
+            yield waiting.pop(shape(item))
     yield from waiting.values()

@@ -23,7 +23,7 @@ from data_pipelines.packing import SamplingOptions, pack_rewrite
 from data_pipelines.prompts import Prompter
 from data_pipelines.tasks import Task, read_tasks
 from launch import cli
-from launch.generator import PICTURE_TASKS, model_directory
+from launch.generator import PICTURE_TASKS, in_groups, model_directory, placed, placement
 from vino_jax.batch import Batch
 from vino_jax.checkpoint import atomic
 from vino_jax.checkpoint import model as checkpoint
@@ -32,11 +32,8 @@ from vino_jax.models.vino import Vino
 from vino_jax.nn.runtime import Runtime
 from vino_jax.sampling.rewrite import Decoding, Rewriter
 from vino_jax.settings import SamplingConfig, build
-from vino_jax.sharding.mesh import make_mesh, parse_mesh
-from vino_jax.sharding.resolve import shardings
+from vino_jax.sharding.mesh import parse_mesh
 from vino_jax.sharding.rules import preset
-
-Pass = list[tuple[Task, Batch]]  # tasks whose prompts have equal shapes
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if tasks:
         prompter = Prompter(checkpoint.processor_folder(directory))
         rewriter = load_rewriter(directory, info, flags, decoding, prompter.stops)
-        for waiting in passes(tasks, prompter, defaults, flags.batch, report):
+        for waiting in in_groups(packed(tasks, prompter, defaults, report), _shape, flags.batch):
             rewrite(rewriter, prompter, waiting, flags.seed, decoding, report)
     write(flags.output, tasks, report.captions)
     return report.end(flags.output)
@@ -91,41 +88,30 @@ def check_flags(flags: argparse.Namespace) -> Decoding:
 def load_rewriter(directory: Path, info: checkpoint.ModelInfo, flags: argparse.Namespace, decoding: Decoding,
                   stops: Sequence[int]) -> Rewriter:
     """The VLM alone, in the dtype of the computation, on the mesh."""
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = flags.dtype or ("float32" if on_cpu else "bfloat16")
-    vlm = Vino(info.config, Runtime(dtype=dtype)).parts["vlm"]
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), vlm.abstract)
     # over "tensor" a weight stays split where it is used; over "fsdp" each new token would gather all of them
     spread = {"tensor": math.gcd(jax.device_count(), info.config.vlm.text.kv_heads), "data": -1}
-    sizes = parse_mesh(flags.mesh) if flags.mesh else None if on_cpu or jax.device_count() == 1 else spread
-    mesh = rules = None
-    if sizes is not None:
-        mesh, rules = make_mesh(sizes), preset("fsdp")
-        placed = shardings(abstract, vlm.axes, mesh, rules)
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
-    return Rewriter(vlm, checkpoint.restore(directory, {"vlm": abstract})["vlm"], decoding, stops, mesh=mesh, rules=rules)
+    dtype, mesh = placement(flags.dtype, flags.mesh, spread)
+    vlm, rules = Vino(info.config, Runtime(dtype=dtype)).parts["vlm"], preset("fsdp") if mesh else None
+    params = checkpoint.restore(directory, {"vlm": placed(vlm.abstract, vlm.axes, dtype, mesh, rules)})["vlm"]
+    return Rewriter(vlm, params, decoding, stops, mesh=mesh, rules=rules)
 
 
-def passes(tasks: Sequence[Task], prompter: Prompter, defaults: SamplingConfig, size: int, report: "Report") -> Iterator[Pass]:
-    """Up to `size` tasks of equal shapes at a time, as soon as there are so many: of every shape fewer wait in memory. What cannot be read
-    is reported."""
-    waiting: dict[tuple, Pass] = {}
+def packed(tasks: Sequence[Task], prompter: Prompter, defaults: SamplingConfig, report: "Report") -> Iterator[tuple[Task, Batch]]:
+    """Those whose references can be read; the others are reported."""
     for task in tasks:
         height, width = defaults.size(task.task in PICTURE_TASKS or defaults.num_frames == 1)
         try:
-            prompt = pack_rewrite(task, prompter, SamplingOptions(height=height, width=width))
+            yield task, pack_rewrite(task, prompter, SamplingOptions(height=height, width=width))
         except UserError as error:
             report.failed(str(error))
-            continue
-        shape = prompt.tokens.shape, prompt.patches.shape
-        waiting.setdefault(shape, []).append((task, prompt))
-        if len(waiting[shape]) == size:
-            yield waiting.pop(shape)
-    yield from waiting.values()
 
 
-def rewrite(rewriter: Rewriter, prompter: Prompter, waiting: Pass, seed: int, decoding: Decoding, report: "Report") -> None:
-    """One pass; an error in it (memory ran out) is reported for all its tasks."""
+def _shape(one: tuple[Task, Batch]) -> tuple:
+    return one[1].tokens.shape, one[1].patches.shape
+
+
+def rewrite(rewriter: Rewriter, prompter: Prompter, waiting: Sequence[tuple[Task, Batch]], seed: int, decoding: Decoding, report: "Report") -> None:
+    """Tasks whose prompts have equal shapes; an error in it (memory ran out) is reported for all its tasks."""
     try:
         # not one seed for all: tasks that draw the same numbers write alike
         seeds = [zlib.crc32(f"{seed} {task.index}".encode()) for task, _ in waiting]

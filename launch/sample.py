@@ -26,7 +26,7 @@ from vino_jax import processes
 from vino_jax.batch import PackedTask
 from vino_jax.checkpoint import model as checkpoint
 from vino_jax.errors import UserError
-from vino_jax.sampling.pipeline import BRANCHES, POSTERIORS, Progress, Result
+from vino_jax.sampling.pipeline import BRANCHES, POSTERIORS, Progress, Result, shapes
 from vino_jax.sampling.sheet import write_sheet
 from vino_jax.sampling.video import read_metadata, write_latents, write_output
 from vino_jax.settings import SamplingConfig, build
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags.compile_cache:
             compile_cache.use(str(flags.compile_cache))
         generator = Generator.load(directory, dtype=flags.dtype, mesh=flags.mesh, vae_tiling=flags.vae_tiling, tell=report.progress)
-        for group in in_groups(_packed(generator, waiting, flags, noise, report), flags.batch):
+        for group in in_groups(_packed(generator, waiting, flags, noise, report), shapes, flags.batch):
             generate(generator, group, flags, defaults, noise, report)
     if flags.contact_sheet and processes.is_first():
         rows = [(f"{task.index}: {task.task}\n{task.caption}", path) for task in tasks if (path := finished(flags, task))]

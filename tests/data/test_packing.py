@@ -140,16 +140,16 @@ def saved(tmp_path, *sizes):
     return tuple(paths)
 
 
-def test_branches_share_their_sizes_and_the_pool(prompter, tmp_path):
+def test_branches_have_sizes_of_their_own_and_share_the_pool(prompter, tmp_path):
     task = Task("one", "tiv2v", "turn it blue", saved(tmp_path, (64, 64), (32, 64)), write_clip(tmp_path / "clip.mp4", 7))
     packed = pack_task(task, prompter, SamplingOptions(48, 80, 9, image_guidance=3.0, seed=5))
     assert (packed.frames, packed.height, packed.width) == (5, 48, 80)  # the clip's: 7 frames give 5
     assert [r.shape for r in packed.references] == [(1, 64, 64, 3), (1, 48, 96, 3), (5, 48, 80, 3)]
     assert (packed.guidance, packed.image_guidance, packed.shift, packed.seed) == (7.0, 3.0, 7.0, 5)
     positive, negative, no_image = packed.branches
-    assert len({jax.tree.map(lambda x: x.shape, b).__repr__() for b in packed.branches}) == 1
-    for size in (positive.tokens.shape[1], positive.patches.shape[1], positive.role.shape[1]):
-        assert size and size % 64 == 0
+    counts = [(b.tokens.shape[1], b.patches.shape[1], b.role.shape[1]) for b in packed.branches]
+    assert all(size and size % 64 == 0 for branch in counts for size in branch)
+    assert counts[0][1:] == counts[1][1:] and counts[2][1] < counts[1][1] and counts[2][2] < counts[1][2]  # the third lacks two pictures
     pool = sum(int(np.prod(token_grid(*r.shape[:3]))) for r in packed.references)
     assert positive.source[positive.role == ROLE_LATENT].tolist() == list(range(pool))
     assert no_image.source[no_image.role == ROLE_LATENT].tolist() == list(range(pool - 30, pool))
@@ -168,8 +168,9 @@ def test_a_base_image_stays_without_images(prompter, tmp_path):
     no_image = packed.branches[2]
     assert no_image.source[no_image.role == ROLE_LATENT].tolist() == list(range(16, 16 + last))
     alone = dataclasses.replace(task, images=task.images[1:])
-    packed = pack_task(alone, prompter, SamplingOptions(64, 64, 85, image_guidance=2.0))
-    assert len(packed.branches) == 2 and packed.image_guidance == 1.0  # nothing would be dropped
+    with pytest.raises(UserError, match="task one: image guidance 2 has no image to leave out"):
+        pack_task(alone, prompter, SamplingOptions(64, 64, 85, image_guidance=2.0))
+    assert len(pack_task(alone, prompter, SamplingOptions(64, 64, 85)).branches) == 2
 
 
 def test_text_alone_and_options(prompter):

@@ -14,7 +14,7 @@ from configs import models
 from data_pipelines.packing import SamplingOptions, pack_rewrite, pack_task, padded_size
 from data_pipelines.prompts import REWRITE_SYSTEM, Prompter
 from data_pipelines.tasks import read_tasks
-from launch import cli, rewrite
+from launch import cli, generator, rewrite
 from tests.data.folders import SMALL_VLM
 from vino_jax.checkpoint import atomic
 from vino_jax.checkpoint import model as checkpoint
@@ -137,7 +137,7 @@ def test_accelerators_share_the_work_by_default(run, monkeypatch):
     """Here eight virtual devices, and a VLM of one key-value head: rows over "data"; in bfloat16."""
     asked = []
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(rewrite, "make_mesh", lambda sizes: asked.append(sizes) or make_mesh(sizes))
+    monkeypatch.setattr(generator, "make_mesh", lambda sizes: asked.append(sizes) or make_mesh(sizes))
     assert run([ONE, EDIT])[0] == 0
     assert asked == [{"tensor": 1, "data": -1}]
 
