@@ -3,38 +3,21 @@
 Runs the code behind `launch.convert import` and `launch.sample` on the goldens of ../shared.
 """
 import json
-import runpy
-import sys
-from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from launch import convert, sample
+from launch import sample
+from tests.golden.conftest import SHARED
 from tests.tolerances import GOLDEN_IMAGE_REL, GOLDEN_PIXEL_GREY, GOLDEN_VIDEO_REL
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
 GOLDEN = SHARED / "golden"
 pytestmark = pytest.mark.skipif(not (GOLDEN / "pipeline.npz").is_file(),
                                 reason="needs the goldens and samples of ../shared, which is absent")
 
 TOLERANCE = {"t2i": GOLDEN_IMAGE_REL, "i2v": GOLDEN_IMAGE_REL, "tiv2v": GOLDEN_VIDEO_REL}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """The goldens' weights in the published layout, imported."""
-    folder = tmp_path_factory.mktemp("golden")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["published.py", str(GOLDEN / "pipeline.json"), str(folder / "published")])
-        runpy.run_path(str(GOLDEN / "published.py"))
-        source, hunyuan = folder / "published", folder / "published" / "hunyuan"
-        patch.setattr(sys, "argv", ["convert", "import", "--output", str(folder / "model"), "--vino", str(source / "vino.ckpt"),
-                                    "--mmdit", str(hunyuan), "--vae", str(hunyuan), "--vlm", str(source / "qwen3vl")])
-        convert.main()
-    return folder / "model"
 
 
 @pytest.mark.parametrize("case", TOLERANCE)
