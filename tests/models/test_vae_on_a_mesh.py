@@ -42,8 +42,8 @@ CLIPS, ONE_CLIP = (2, CLIP, 9, 16, 16), (1, CLIP, 17, 16, 16)
 PICTURES, ONE_PICTURE = (8, PICTURE, 1, 16, 24), (1, PICTURE, 1, 24, 24)
 
 
-@pytest.mark.parametrize("sizes, case", [({"seq": 8}, ONE_CLIP), ({"fsdp": 8}, ONE_PICTURE), ({"fsdp": 2, "seq": 4}, CLIPS), ({"tensor": 2}, PICTURES),
-                                         ({"data": 2, "fsdp": 2}, PICTURES)], ids=str)
+@pytest.mark.parametrize("sizes, case", [({"seq": 8}, ONE_CLIP), ({"fsdp": 8}, ONE_PICTURE), ({"fsdp": 2, "seq": 4}, CLIPS),
+                                         ({"tensor": 2}, PICTURES), ({"data": 2, "fsdp": 2}, PICTURES)], ids=str)
 def test_a_mesh_gives_the_pixels_and_moments_of_one_device(params, sizes, case):
     rows, tiling, frames, height, width = case
     pixels = jnp.asarray(draw(1, rows, frames, height, width, 3))

@@ -93,6 +93,21 @@ def _padded(x_BFHWC, norm: Norm | None, factor: tuple[int, int, int]):
     return jnp.pad(x_BFHWC, ((0, 0), (2, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
 
 
+def _one_frame(said, first, next_one, next_two):
+    """(the frames that a frame becomes, what it and those before say of the next two): of one that stays one. said: its products with the
+    taps for itself, for the next and for the one after; first: it also stands for the two before it."""
+    now, later, last = said
+    out = now + jnp.where(first, later + last, next_one)
+    return out[:, None], (later + jnp.where(first, last, next_two), last)
+
+
+def _two_frames(said, first, odd, even):
+    """The same of one that is doubled in time, but for the first, of which there is only the second: it is given twice."""
+    now_odd, next_odd, now_even, next_even = said
+    out_odd, out_even = now_odd + odd, now_even + jnp.where(first, next_even, even)
+    return jnp.stack([jnp.where(first, out_even, out_odd), out_even], axis=1), (next_odd, next_even)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _conv_by_frames(x_BFHWI, kernel, bias, residual_BFHWO, norm: Norm | None, factor: tuple[int, int, int]):
     """Causal convolution of stride 1 of upsample(silu(norm(x)), factor), with bias and residual (or None) added, one frame after the other.
@@ -101,30 +116,23 @@ def _conv_by_frames(x_BFHWI, kernel, bias, residual_BFHWO, norm: Norm | None, fa
     channels; what it says of later frames is carried along. Where frames are doubled in time, taps that see the same one are added up.
     """
     k0, k1, k2 = kernel
-    taps = (k2, k1, k0) if factor[0] == 1 else (k2, k1 + k0, k2 + k1, k0)
-    frames, outputs, wide = x_BFHWI.shape[1], kernel.shape[-1], jnp.concatenate(taps, axis=-1)
+    taps, become = ((k2, k1, k0), _one_frame) if factor[0] == 1 else ((k2, k0 + k1, k1 + k2, k0), _two_frames)
+    batch, frames, height, width, _ = x_BFHWI.shape
+    shape = (batch, 1 + (frames - 1) * factor[0], height * factor[1], width * factor[2], kernel.shape[-1])
+    in_place, wide = shape == x_BFHWI.shape, jnp.concatenate(taps, axis=-1)  # no later frame needs what the result is written over
 
     def at(x, i):
         return jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1)
 
     def step(i, carry):
         out, *before = carry
-        y = jnp.split(_conv_frame(_normed(at(out if in_place else x_BFHWI, i), norm)[:, 0], wide, factor[1] == 2), len(taps), axis=-1)
-        if factor[0] == 1:
-            one, two = (jnp.where(i == 0, first, carried) for first, carried in ((y[1] + y[2], before[0]), (y[2], before[1])))
-            new, carry, place = (y[0] + one)[:, None], (y[1] + two, y[2]), i
-        else:  # the first frame stays one frame: its first writing is written over
-            one, two = (jnp.where(i == 0, first, carried) for first, carried in ((y[1], before[0]), (y[3], before[1])))
-            new, carry, place = jnp.stack([y[0] + one, y[2] + two], axis=1), (y[1], y[3]), jnp.maximum(2 * i - 1, 0)
-            new = jnp.where(i == 0, new[:, 1:], new)
+        said = _conv_frame(_normed(at(out if in_place else x_BFHWI, i), norm)[:, 0], wide, factor[1] == 2)
+        new, carried = become(jnp.split(said, len(taps), axis=-1), i == 0, *before)
         new = new + bias
         if residual_BFHWO is not None:
             new = new + at(residual_BFHWO, i)
-        return jax.lax.dynamic_update_slice_in_dim(out, new, place, axis=1), *carry
+        return jax.lax.dynamic_update_slice_in_dim(out, new, jnp.maximum(factor[0] * i - factor[0] + 1, 0), axis=1), *carried
 
-    batch, _, height, width, inputs = x_BFHWI.shape
-    shape = (batch, 1 + (frames - 1) * factor[0], height * factor[1], width * factor[2], outputs)
-    in_place = shape == x_BFHWI.shape  # no later frame needs what the result is written over
     # Made of x, not of zeros: those that wait for nothing XLA makes all at once, for every convolution of the model.
     start = x_BFHWI if in_place else jnp.broadcast_to(x_BFHWI[:, :1, :1, :1, :1], shape)
     none = jnp.zeros((batch, *shape[2:]), x_BFHWI.dtype)
