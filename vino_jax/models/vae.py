@@ -6,7 +6,7 @@ Submodules carry the names of diffusers' class, lists as "0", "1", ...
 """
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ _LOGVAR_RANGE = (-30.0, 20.0)  # of the posterior (diffusers' DiagonalGaussianDi
 _DIMS_3D = ("NDHWC", "DHWIO", "NDHWC")
 _DIMS_2D = ("NHWC", "HWIO", "NHWC")
 Norm = tuple[jax.Array, jax.Array, jax.Array]  # mean, scale and bias of a group norm, see GroupNorm.of
+Residual = tuple[jax.Array, ...]  # what is added: x, or x and the kernel and bias that it first goes through
 
 
 def _numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
@@ -88,6 +89,15 @@ def _normed(x_BFHWC, norm: Norm | None):
     return jax.nn.silu(((x_BFHWC.astype(jnp.float32) - mean) * scale + bias).astype(x_BFHWC.dtype))
 
 
+def _through(residual: Residual, at: Callable = lambda x: x):
+    """What is added to a block's result: x, or the part `at` takes of it, through the linear shortcut if there is one."""
+    x_BFHWC, *shortcut = residual
+    if not shortcut:
+        return at(x_BFHWC)
+    kernel, bias = shortcut
+    return at(x_BFHWC) @ kernel + bias
+
+
 def _padded(x_BFHWC, norm: Norm | None, factor: tuple[int, int, int]):
     x_BFHWC = upsample(_normed(x_BFHWC, norm), factor)
     return jnp.pad(x_BFHWC, ((0, 0), (2, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
@@ -109,7 +119,7 @@ def _two_frames(said, first, odd, even):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _conv_by_frames(x_BFHWI, kernel, bias, residual_BFHWO, norm: Norm | None, factor: tuple[int, int, int]):
+def _conv_by_frames(x_BFHWI, kernel, bias, residual: Residual | None, norm: Norm | None, factor: tuple[int, int, int]):
     """Causal convolution of stride 1 of upsample(silu(norm(x)), factor), with bias and residual (or None) added, one frame after the other.
 
     All else than x and the result is a few frames large. A frame is convolved once, with the kernel's time taps side by side as output
@@ -129,8 +139,8 @@ def _conv_by_frames(x_BFHWI, kernel, bias, residual_BFHWO, norm: Norm | None, fa
         said = _conv_frame(_normed(at(out if in_place else x_BFHWI, i), norm)[:, 0], wide, factor[1] == 2)
         new, carried = become(jnp.split(said, len(taps), axis=-1), i == 0, *before)
         new = new + bias
-        if residual_BFHWO is not None:
-            new = new + at(residual_BFHWO, i)
+        if residual is not None:
+            new = new + _through(residual, lambda x: at(x, i))
         return jax.lax.dynamic_update_slice_in_dim(out, new, jnp.maximum(factor[0] * i - factor[0] + 1, 0), axis=1), *carried
 
     # Made of x, not of zeros: those that wait for nothing XLA makes all at once, for every convolution of the model.
@@ -139,14 +149,14 @@ def _conv_by_frames(x_BFHWI, kernel, bias, residual_BFHWO, norm: Norm | None, fa
     return jax.lax.fori_loop(0, frames, step, (start, none, none))[0]
 
 
-def _conv_by_frames_fwd(x_BFHWI, kernel, bias, residual_BFHWO, norm, factor):
-    return _conv_by_frames(x_BFHWI, kernel, bias, residual_BFHWO, norm, factor), (x_BFHWI, kernel, bias, residual_BFHWO, norm)
+def _conv_by_frames_fwd(x_BFHWI, kernel, bias, residual, norm, factor):
+    return _conv_by_frames(x_BFHWI, kernel, bias, residual, norm, factor), (x_BFHWI, kernel, bias, residual, norm)
 
 
 def _conv_by_frames_bwd(factor, saved, grad):
     def by_taps(x, kernel, bias, residual, norm):  # of all frames at once: a loop's gradients would pass over all of x at every frame
         y = _conv3d_by_taps(_padded(x, norm, factor), kernel, (1, 1, 1)) + bias
-        return y if residual is None else y + residual
+        return y if residual is None else y + _through(residual)
 
     return jax.vjp(by_taps, *saved)[1](grad)
 
@@ -167,14 +177,14 @@ class CausalConv3d(nnx.Module):
         self.stride, self.axes = stride, axes
 
     def __call__(self, x_BFHWC: jax.Array, *, norm: Norm | None = None, factor: tuple[int, int, int] = (1, 1, 1),
-                 residual: jax.Array | None = None) -> jax.Array:
+                 residual: Residual | None = None) -> jax.Array:
         """residual + convolution of upsample(silu(norm(x)), factor). norm: of x, from GroupNorm; without it and its silu, x as it is."""
         dtype = x_BFHWC.dtype
         stored = weight(self.kernel[...], (None, None, None, *self.axes), self.kernel.dtype)
         bias = self.bias[...].astype(dtype)
 
         def plus(y):
-            return y + bias if residual is None else y + bias + residual
+            return y + bias if residual is None else y + bias + _through(residual)
 
         if x_BFHWC.shape[1] == 1:
             # One frame and its repetitions in front: all time taps see the same picture, so their sum is one 2D kernel.
@@ -244,8 +254,8 @@ class ResnetBlock(nnx.Module):
 
     def __call__(self, x_BFHWC: jax.Array) -> jax.Array:
         y = self.conv1(x_BFHWC, norm=self.norm1.of(x_BFHWC))
-        x_BFHWC = x_BFHWC if self.conv_shortcut is None else self.conv_shortcut(x_BFHWC)
-        return self.conv2(y, norm=self.norm2.of(y), residual=x_BFHWC)
+        shortcut = () if self.conv_shortcut is None else self.conv_shortcut.weights(x_BFHWC.dtype)
+        return self.conv2(y, norm=self.norm2.of(y), residual=(x_BFHWC, *shortcut))
 
 
 class CausalAttention(nnx.Module):
