@@ -20,3 +20,4 @@ ADAPTER_LOSS_REL = 1e-5  # loss with adapters against the same in changed kernel
 INT8_LOSS_REL = 2e-3  # loss with products in int8 against float32
 INT8_GRADIENT_REL = 0.05  # norm of the difference of a kernel's gradient, over its norm
 FREQUENCY_SIGMAS = 4.0  # frequencies of sampled tokens against their probabilities, in standard deviations
+VAE_MESH_ABS = 1e-4  # VAE with its tiles spread over a mesh against one device: pixels in [-1, 1] and moments

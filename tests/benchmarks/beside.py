@@ -46,23 +46,24 @@ def run(sides: Mapping[str, Callable[[int], Load]], rounds: int, close: float, h
                 figures[kind, name].append(pipes[name].recv())
     for pipe in pipes.values():
         pipe.send(None)
-    print(f"medians of {rounds} rounds, {threads} threads\nkind; side; seconds; peak memory without the imports; with them")
+    print(f"medians of {rounds} rounds, {threads} threads\nkind; side; seconds; CPU seconds; peak memory without the imports; with them")
     over = [_told(kind, figures[kind, REFERENCE], figures[kind, OURS]) > 1 and kind in held for kind in apart]
     return int(max(apart.values()) > close or any(over))
 
 
 def _told(kind: str, reference: list, ours: list) -> float:
     """Prints what a kind of call took; returns the larger of the ratios of time and of memory."""
-    seconds, alone, whole = {}, {}, {}
+    figures = []
     for name, rows in ((REFERENCE, reference), (OURS, ours)):
-        took, peaks, imported = zip(*rows)
-        seconds[name], whole[name], alone[name] = median(took), max(peaks), max(peaks) - imported[0]
-        print(f"{kind}; {name}; {seconds[name]:.2f} s; {alone[name] / 1e9:.2f} GB; {whole[name] / 1e9:.2f} GB")
-    ratios = [values[OURS] / values[REFERENCE] for values in (seconds, alone, whole)]
+        took, computed, peaks, imported = zip(*rows)
+        figures.append((median(took), median(computed), max(peaks) - imported[0], max(peaks)))
+        seconds, cpu, alone, whole = figures[-1]
+        print(f"{kind}; {name}; {seconds:.2f} s; {cpu:.2f} s; {alone / 1e9:.2f} GB; {whole / 1e9:.2f} GB")
+    time_ratio, cpu_ratio, memory_ratio, whole_ratio = (own / other for other, own in zip(*figures))
     paired = median(a[0] / b[0] for a, b in zip(ours, reference))
-    print(f"{kind}: time {ratios[0]:.2f} (median of the rounds' ratios {paired:.2f}), memory {ratios[1]:.2f}, with imports {ratios[2]:.2f} "
-          f"times {REFERENCE}'")
-    return max(ratios[:2])
+    print(f"{kind}: {time_ratio:.2f} of {REFERENCE}' time (median of the rounds' ratios {paired:.2f}), {cpu_ratio:.2f} of its CPU time, "
+          f"{memory_ratio:.2f} of its memory ({whole_ratio:.2f} with imports)")
+    return max(time_ratio, memory_ratio)
 
 
 def _resident(name: str) -> float:
@@ -72,8 +73,8 @@ def _resident(name: str) -> float:
 
 
 def _serve(side: Callable[[int], Load], threads: int, pipe: Connection) -> None:
-    """Sends what comes out of each kind of call, then answers each kind that it receives with (seconds, peak bytes, the bytes with libraries
-    imported)."""
+    """Sends what comes out of each kind of call, then answers each kind that it receives with (seconds, CPU seconds, peak bytes, the bytes with
+    libraries imported)."""
     load = side(threads)
     imported = _resident("VmRSS")
     calls = load(pipe)
@@ -82,6 +83,6 @@ def _serve(side: Callable[[int], Load], threads: int, pipe: Connection) -> None:
     ctypes.CDLL(None).malloc_trim(0)  # what was freed since, such as a compiler's, goes back to the system
     for kind in iter(pipe.recv, None):
         Path("/proc/self/clear_refs").write_text("5")
-        start = time.perf_counter()
+        start, computed = time.perf_counter(), time.process_time()
         calls[kind]()
-        pipe.send((time.perf_counter() - start, _resident("VmHWM"), imported))
+        pipe.send((time.perf_counter() - start, time.process_time() - computed, _resident("VmHWM"), imported))

@@ -6,7 +6,6 @@ Width 768 (6 heads of 128), 4 double and 8 single blocks, all else as published;
 context, float32, the same random weights in both. A step is the two branches of text guidance, a pass of two rows in both, and Euler's
 update. Exit code 1 where a ratio is over 1.
 """
-import argparse
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -93,7 +92,7 @@ def ours(threads: int) -> beside.Load:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="tests.benchmarks.denoise", description=__doc__.split("\n")[0])
+    parser = cli.Parser(prog="tests.benchmarks.denoise", description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     return beside.run({beside.REFERENCE: diffusers, beside.OURS: ours}, parser.parse_args().rounds, CLOSE, ("step",))
 

@@ -1,4 +1,5 @@
 """Tiled VAE: the numbers of diffusers' tiling, no seams on a smooth picture, bad sizes refused."""
+import math
 from pathlib import Path
 
 import jax
@@ -62,25 +63,73 @@ def test_tiling_that_does_not_apply_changes_nothing(vae):
     np.testing.assert_array_equal(jitted(encode_tiled, TILING)(vae[1], pixels), whole)
 
 
-def test_a_smooth_picture_has_no_seams():
-    """With the trained small VAE: what tiling changes never jumps by a grey level between columns, as it does without overlap."""
+def smooth(frames, height, width):
+    """(1, F, H, W, 3) of slow waves that drift."""
+    time, row, column = np.meshgrid(np.arange(frames) / 96, np.arange(height) / 32, np.arange(width) / 96, indexing="ij")
+    x = np.stack([0.27 + 0.06 * np.cos(3 * (column + time)), 0.5 * np.clip(row, 0, 1), 0.4 * np.sin(2 * row + 0.3 * column + time)], -1)
+    return jnp.asarray(x.astype(np.float32)[None])
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """(definition of the trained small VAE, its parameters)."""
     config = read_vae(PART)
     small = Definition(lambda rngs: VAE(config, Runtime(), rngs=rngs))
-    params = to_params(table(config), load_file(PART / "diffusion_pytorch_model.safetensors"), small.abstract)
-    row, column = np.meshgrid(np.arange(32) / 32, np.arange(96) / 96, indexing="ij")
-    picture = np.stack([0.27 + 0.06 * np.cos(3 * column), 0.5 * row, 0.4 * np.sin(2 * row + 0.3 * column)], -1)
-    picture = picture.astype(np.float32)[None, None]
+    return small, to_params(table(config), load_file(PART / "diffusion_pytorch_model.safetensors"), small.abstract)
 
-    def change(tiling):
-        def compare(params, pixels):
-            vae = small(params)
-            tiled = decode_tiled(vae, encode_tiled(vae, pixels, tiling)[..., :config.latent_channels], tiling)
-            return 127.5 * (tiled - vae.decode(vae.encode(pixels)[..., :config.latent_channels]))
 
-        return np.abs(np.diff(jax.jit(compare)(params, jnp.asarray(picture)), axis=3)).max()
+def jump(trained, pixels, dim, encode, decode):
+    """Largest step, in grey levels along `dim`, of what tiling (None: not) changes in pixels that were encoded and decoded."""
+    small, params = trained
 
-    assert 0 < change(Tiling(side=64, stride=32)) < TILING_GREY
-    assert change(Tiling(side=48, stride=48)) > TILING_GREY
+    def compare(params, pixels):
+        vae = small(params)
+
+        def through(encode, decode):
+            moments = vae.encode(pixels) if encode is None else encode_tiled(vae, pixels, encode)
+            latents = moments[..., :vae.config.latent_channels]
+            return vae.decode(latents) if decode is None else decode_tiled(vae, latents, decode)
+
+        return 127.5 * (through(encode, decode) - through(None, None))
+
+    return np.abs(np.diff(jax.jit(compare)(params, pixels), axis=dim)).max()
+
+
+def test_a_smooth_picture_has_no_seams(trained):
+    """With the trained small VAE: what tiling changes never jumps by a grey level between columns, as it does without overlap."""
+    picture, overlapping, bare = smooth(1, 32, 96), Tiling(side=64, stride=32), Tiling(side=48, stride=48)
+    assert 0 < jump(trained, picture, 3, overlapping, overlapping) < TILING_GREY
+    assert jump(trained, picture, 3, bare, bare) > TILING_GREY
+
+
+@pytest.mark.parametrize("encode, decode", [(True, False), (False, True)])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_neither_encoding_nor_decoding_tiles_of_rows_and_columns_leaves_a_seam(trained, dim, encode, decode):
+    tiling = Tiling(side=64, stride=32)
+    assert 0 < jump(trained, smooth(1, 96, 96), dim, tiling if encode else None, tiling if decode else None) < TILING_GREY
+
+
+@pytest.mark.parametrize("encode, decode", [(True, False), (False, True)])
+def test_windows_of_frames_leave_no_seam(trained, encode, decode):
+    """The default windows, in which `Vino` takes every clip."""
+    tiling = Tiling(side=None)
+    assert 0 < jump(trained, smooth(29, 32, 32), 1, tiling if encode else None, tiling if decode else None) < TILING_GREY
+
+
+@pytest.mark.parametrize("call, shape", [(VAE.encode, (1, 33, 720, 1280, 3)), (VAE.decode, (1, 9, 90, 160, CONFIG.latent_channels))])
+def test_no_mask_over_all_positions_is_made(call, shape):
+    """720p and 33 frames, untiled: 129,600 positions see each other in the middle block; nothing is as large as a tenth of their pairs."""
+    whole = definition(CONFIG)
+    program = jax.make_jaxpr(lambda params, x: call(whole(params), x))(whole.abstract, jax.ShapeDtypeStruct(shape, jnp.float32))
+    assert 33 * 720 * 1280 < max(sizes(program.jaxpr)) < (9 * 90 * 160) ** 2 / 10
+
+
+def sizes(jaxpr):
+    """Values of everything that a program computes, and the programs in it."""
+    for equation in jaxpr.eqns:
+        yield from (math.prod(out.aval.shape) for out in equation.outvars)
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from sizes(inner)
 
 
 @pytest.mark.parametrize("wrong", [dict(side=100), dict(stride=512), dict(frames=10), dict(frame_stride=0), dict(stride=60)])

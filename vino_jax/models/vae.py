@@ -4,8 +4,9 @@ Dims: B batch, F frames (of pixels or latents), H height, W width, C channels, S
 D/I/O channels of a convolution: input I, output O; G norm groups.
 Submodules carry the names of diffusers' class, lists as "0", "1", ...
 """
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ _EPS = 1e-6
 _LOGVAR_RANGE = (-30.0, 20.0)  # of the posterior (diffusers' DiagonalGaussianDistribution)
 _DIMS_3D = ("NDHWC", "DHWIO", "NDHWC")
 _DIMS_2D = ("NHWC", "HWIO", "NHWC")
+Norm = tuple[jax.Array, jax.Array, jax.Array]  # mean, scale and bias of a group norm, see GroupNorm.of
+Residual = tuple[jax.Array, ...]  # what is added: x, or x and the kernel and bias that it first goes through
 
 
 def _numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
@@ -37,6 +40,12 @@ def _conv2d(x_NHWI, kernel, stride):
     return jax.lax.conv_general_dilated(x_NHWI, kernel, stride, "VALID", dimension_numbers=_DIMS_2D)
 
 
+def _conv2d_with_a_row_more(x_NHWI, kernel):
+    """_conv2d of stride 1 and below it one row of no meaning. XLA gives a 2D convolution without padding to a library (jax 0.10: YNNPACK)
+    that takes 2 to 3 times as long as its own, which it uses for this one; the slice that drops the row costs nothing."""
+    return jax.lax.conv_general_dilated(x_NHWI, kernel, (1, 1), ((0, 1), (0, 0)), dimension_numbers=_DIMS_2D)
+
+
 def _conv3d_by_taps(x_BFHWI, kernel, stride):
     """The same numbers as _conv3d, as a sum over the kernel's time taps of 2D convolutions on all frames at once."""
     frames = (x_BFHWI.shape[1] - kernel.shape[0]) // stride[0] + 1
@@ -46,6 +55,113 @@ def _conv3d_by_taps(x_BFHWI, kernel, stride):
         y = _conv2d(seen.reshape(-1, *seen.shape[2:]), kernel[tap], stride[1:])
         out = y if out is None else out + y
     return out.reshape(x_BFHWI.shape[0], frames, *out.shape[1:])
+
+
+def _pad_space(x_BFHWC):
+    return jnp.pad(x_BFHWC, (*[(0, 0)] * (x_BFHWC.ndim - 3), (1, 1), (1, 1), (0, 0)), mode="edge")
+
+
+def _space_phases(kernel):
+    """A 3x3 kernel (3, 3, ...) on a picture of doubled rows and columns, as 2x2 kernels on the picture itself: {(row, column): (2, 2, ...)}
+    of the four pixels that each pixel becomes. Some taps fall on the same pixel: 4 times 4 products are left of 36."""
+    def halves(k):
+        return jnp.stack([k[0], k[1] + k[2]]), jnp.stack([k[0] + k[1], k[2]])
+
+    return {(i, j): jnp.moveaxis(across, 0, 1) for i, rows in enumerate(halves(kernel))
+            for j, across in enumerate(halves(jnp.moveaxis(rows, 1, 0)))}
+
+
+def _conv_frame(x_BHWI, kernel, doubled: bool):
+    """3x3 convolution of a frame, borders repeated; doubled: of the frame with its rows and columns doubled."""
+    padded, (batch, height, width, _) = _pad_space(x_BHWI), x_BHWI.shape
+    if not doubled:
+        return _conv2d_with_a_row_more(padded, kernel)[:, :height]
+    y = {at: _conv2d_with_a_row_more(padded, k)[:, at[0]:at[0] + height, at[1]:at[1] + width] for at, k in _space_phases(kernel).items()}
+    rows = [jnp.stack([y[i, 0], y[i, 1]], axis=3) for i in (0, 1)]
+    return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, -1)
+
+
+def _normed(x_BFHWC, norm: Norm | None):
+    """x itself, or silu of its group norm."""
+    if norm is None:
+        return x_BFHWC
+    mean, scale, bias = norm
+    return jax.nn.silu(((x_BFHWC.astype(jnp.float32) - mean) * scale + bias).astype(x_BFHWC.dtype))
+
+
+def _through(residual: Residual, at: Callable = lambda x: x):
+    """What is added to a block's result: x, or the part `at` takes of it, through the linear shortcut if there is one."""
+    x_BFHWC, *shortcut = residual
+    if not shortcut:
+        return at(x_BFHWC)
+    kernel, bias = shortcut
+    return at(x_BFHWC) @ kernel + bias
+
+
+def _padded(x_BFHWC, norm: Norm | None, factor: tuple[int, int, int]):
+    x_BFHWC = upsample(_normed(x_BFHWC, norm), factor)
+    return jnp.pad(x_BFHWC, ((0, 0), (2, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+
+
+def _one_frame(said, first, next_one, next_two):
+    """(the frames that a frame becomes, what it and those before say of the next two): of one that stays one. said: its products with the
+    taps for itself, for the next and for the one after; first: it also stands for the two before it."""
+    now, later, last = said
+    out = now + jnp.where(first, later + last, next_one)
+    return out[:, None], (later + jnp.where(first, last, next_two), last)
+
+
+def _two_frames(said, first, odd, even):
+    """The same of one that is doubled in time, but for the first, of which there is only the second: it is given twice."""
+    now_odd, next_odd, now_even, next_even = said
+    out_odd, out_even = now_odd + odd, now_even + jnp.where(first, next_even, even)
+    return jnp.stack([jnp.where(first, out_even, out_odd), out_even], axis=1), (next_odd, next_even)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _conv_by_frames(x_BFHWI, kernel, bias, residual: Residual | None, norm: Norm | None, factor: tuple[int, int, int]):
+    """Causal convolution of stride 1 of upsample(silu(norm(x)), factor), with bias and residual (or None) added, one frame after the other.
+
+    All else than x and the result is a few frames large. A frame is convolved once, with the kernel's time taps side by side as output
+    channels; what it says of later frames is carried along. Where frames are doubled in time, taps that see the same one are added up.
+    """
+    k0, k1, k2 = kernel
+    taps, become = ((k2, k1, k0), _one_frame) if factor[0] == 1 else ((k2, k0 + k1, k1 + k2, k0), _two_frames)
+    batch, frames, height, width, _ = x_BFHWI.shape
+    shape = (batch, 1 + (frames - 1) * factor[0], height * factor[1], width * factor[2], kernel.shape[-1])
+    in_place, wide = shape == x_BFHWI.shape, jnp.concatenate(taps, axis=-1)  # no later frame needs what the result is written over
+
+    def at(x, i):
+        return jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1)
+
+    def step(i, carry):
+        out, *before = carry
+        said = _conv_frame(_normed(at(out if in_place else x_BFHWI, i), norm)[:, 0], wide, factor[1] == 2)
+        new, carried = become(jnp.split(said, len(taps), axis=-1), i == 0, *before)
+        new = new + bias
+        if residual is not None:
+            new = new + _through(residual, lambda x: at(x, i))
+        return jax.lax.dynamic_update_slice_in_dim(out, new, jnp.maximum(factor[0] * i - factor[0] + 1, 0), axis=1), *carried
+
+    # Made of x, not of zeros: those that wait for nothing XLA makes all at once, for every convolution of the model.
+    start = x_BFHWI if in_place else jnp.broadcast_to(x_BFHWI[:, :1, :1, :1, :1], shape)
+    none = jnp.zeros((batch, *shape[2:]), x_BFHWI.dtype)
+    return jax.lax.fori_loop(0, frames, step, (start, none, none))[0]
+
+
+def _conv_by_frames_fwd(x_BFHWI, kernel, bias, residual, norm, factor):
+    return _conv_by_frames(x_BFHWI, kernel, bias, residual, norm, factor), (x_BFHWI, kernel, bias, residual, norm)
+
+
+def _conv_by_frames_bwd(factor, saved, grad):
+    def by_taps(x, kernel, bias, residual, norm):  # of all frames at once: a loop's gradients would pass over all of x at every frame
+        y = _conv3d_by_taps(_padded(x, norm, factor), kernel, (1, 1, 1)) + bias
+        return y if residual is None else y + _through(residual)
+
+    return jax.vjp(by_taps, *saved)[1](grad)
+
+
+_conv_by_frames.defvjp(_conv_by_frames_fwd, _conv_by_frames_bwd)
 
 
 class CausalConv3d(nnx.Module):
@@ -60,21 +176,39 @@ class CausalConv3d(nnx.Module):
         self.bias = param(rngs, (outputs,), axes[1:], lambda key, shape, dtype: jnp.zeros(shape, dtype))
         self.stride, self.axes = stride, axes
 
-    def __call__(self, x_BFHWC: jax.Array) -> jax.Array:
-        dtype, space = x_BFHWC.dtype, ((1, 1), (1, 1), (0, 0))
+    def __call__(self, x_BFHWC: jax.Array, *, norm: Norm | None = None, factor: tuple[int, int, int] = (1, 1, 1),
+                 residual: Residual | None = None) -> jax.Array:
+        """residual + convolution of upsample(silu(norm(x)), factor). norm: of x, from GroupNorm; without it and its silu, x as it is."""
+        dtype = x_BFHWC.dtype
         stored = weight(self.kernel[...], (None, None, None, *self.axes), self.kernel.dtype)
+        bias = self.bias[...].astype(dtype)
+
+        def plus(y):
+            return y + bias if residual is None else y + bias + _through(residual)
+
         if x_BFHWC.shape[1] == 1:
             # One frame and its repetitions in front: all time taps see the same picture, so their sum is one 2D kernel.
-            x_BHWC = jnp.pad(x_BFHWC[:, 0], ((0, 0), *space), mode="edge")
             kernel = jnp.sum(stored.astype(jnp.float32), axis=0).astype(dtype)
-            y = _conv2d(x_BHWC, kernel, self.stride[1:])[:, None]
-        else:
-            x_BFHWC = jnp.pad(x_BFHWC, ((0, 0), (2, 0), *space), mode="edge")
-            # XLA's 3D convolution on a CPU is 5 times slower than the sum of taps, its gradients up to 30 times; a TPU takes it as it is.
-            # platform_dependent chooses at lowering, so that compiling for a TPU on a CPU host gives the TPU's program.
-            y = jax.lax.platform_dependent(x_BFHWC, stored.astype(dtype), cpu=lambda x, k: _conv3d_by_taps(x, k, self.stride),
-                                           default=lambda x, k: _conv3d(x, k, self.stride))
-        return y + self.bias[...].astype(dtype)
+            return plus(self._picture(_normed(x_BFHWC, norm)[:, 0], kernel, factor)[:, None])
+
+        def on_cpu(x, kernel):
+            if self.stride == (1, 1, 1):
+                return _conv_by_frames(x, kernel, bias, residual, norm, factor)
+            return plus(_conv3d_by_taps(_padded(x, norm, factor), kernel, self.stride))
+
+        # XLA's 3D convolution on a CPU is 5 times slower than 2D ones, its gradients up to 30 times; a TPU takes it as it is.
+        # platform_dependent chooses at lowering, so that compiling for a TPU on a CPU host gives the TPU's program.
+        return jax.lax.platform_dependent(x_BFHWC, stored.astype(dtype), cpu=on_cpu,
+                                          default=lambda x, kernel: plus(_conv3d(_padded(x, norm, factor), kernel, self.stride)))
+
+    def _picture(self, x_BHWC, kernel, factor):
+        def plain(x, k):
+            return _conv2d(_pad_space(upsample(x[:, None], factor)[:, 0]), k, self.stride[1:])
+
+        def on_cpu(x, k):
+            return plain(x, k) if self.stride != (1, 1, 1) else _conv_frame(x, k, factor[1] == 2)
+
+        return jax.lax.platform_dependent(x_BHWC, kernel, cpu=on_cpu, default=plain)
 
 
 def _fan_in(key, shape, dtype):
@@ -96,11 +230,16 @@ class GroupNorm(nnx.Module):
         mean_BG = jnp.mean(mean_BC.reshape(batch, self.groups, -1), axis=-1)
         return jnp.repeat(mean_BG, width // self.groups, axis=-1)[:, None, None, None]
 
-    def __call__(self, x_BFHWC: jax.Array) -> jax.Array:
+    def of(self, x_BFHWC: jax.Array) -> Norm:
+        """(mean, scale, bias) with which (x - mean) * scale + bias is the norm of x; float32, broadcastable to x."""
         x = x_BFHWC.astype(jnp.float32)
-        x = x - self._group_mean(x)
-        scale = jax.lax.rsqrt(self._group_mean(jnp.square(x)) + _EPS) * self.scale[...].astype(jnp.float32)
-        return (x * scale + self.bias[...].astype(jnp.float32)).astype(x_BFHWC.dtype)
+        mean = self._group_mean(x)
+        scale = jax.lax.rsqrt(self._group_mean(jnp.square(x - mean)) + _EPS) * self.scale[...].astype(jnp.float32)
+        return mean, scale, self.bias[...].astype(jnp.float32)
+
+    def __call__(self, x_BFHWC: jax.Array) -> jax.Array:
+        mean, scale, bias = self.of(x_BFHWC)
+        return ((x_BFHWC.astype(jnp.float32) - mean) * scale + bias).astype(x_BFHWC.dtype)
 
 
 class ResnetBlock(nnx.Module):
@@ -114,9 +253,9 @@ class ResnetBlock(nnx.Module):
         self.conv_shortcut = None if inputs == outputs else Linear(inputs, outputs, ("conv_in", "conv_out"), rngs=rngs)
 
     def __call__(self, x_BFHWC: jax.Array) -> jax.Array:
-        y = self.conv1(jax.nn.silu(self.norm1(x_BFHWC)))
-        y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return y + (x_BFHWC if self.conv_shortcut is None else self.conv_shortcut(x_BFHWC))
+        y = self.conv1(x_BFHWC, norm=self.norm1.of(x_BFHWC))
+        shortcut = () if self.conv_shortcut is None else self.conv_shortcut.weights(x_BFHWC.dtype)
+        return self.conv2(y, norm=self.norm2.of(y), residual=(x_BFHWC, *shortcut))
 
 
 class CausalAttention(nnx.Module):
@@ -179,7 +318,7 @@ class UpBlock(nnx.Module):
     def __call__(self, x_BFHWC: jax.Array) -> jax.Array:
         for i in range(len(self.resnets)):
             x_BFHWC = self.resnets[str(i)](x_BFHWC)
-        return x_BFHWC if self.upsamplers is None else self.upsamplers["0"].conv(upsample(x_BFHWC, self.factor))
+        return x_BFHWC if self.upsamplers is None else self.upsamplers["0"].conv(x_BFHWC, factor=self.factor)
 
 
 def upsample(x_BFHWC: jax.Array, factor: tuple[int, int, int]) -> jax.Array:
@@ -215,7 +354,8 @@ class Encoder(nnx.Module):
         x_BFHWC = self.conv_in(x_BFHWC)
         for i in range(len(self.down_blocks)):
             x_BFHWC = self.down_blocks[str(i)](constrain(x_BFHWC, "batch", None, "pixels", None, None))
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x_BFHWC))))
+        x_BFHWC = self.mid_block(x_BFHWC)
+        return self.conv_out(x_BFHWC, norm=self.conv_norm_out.of(x_BFHWC))
 
 
 class Decoder(nnx.Module):
@@ -235,7 +375,7 @@ class Decoder(nnx.Module):
         x_BFHWC = self.mid_block(self.conv_in(x_BFHWC))
         for i in range(len(self.up_blocks)):
             x_BFHWC = self.up_blocks[str(i)](constrain(x_BFHWC, "batch", None, "pixels", None, None))
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x_BFHWC)))
+        return self.conv_out(x_BFHWC, norm=self.conv_norm_out.of(x_BFHWC))
 
 
 class VAE(nnx.Module):

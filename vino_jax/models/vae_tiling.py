@@ -2,18 +2,20 @@
 
 A long clip goes through in windows of frames, a large picture in tiles; each overlaps its neighbour before it and is blended linearly
 into it. Tiles of one shape run through one compiled body, one after another (lax.map), so neither memory nor compile time grows with
-their number.
+their number. On a mesh (sharding/constrain.py) they are shared out among the devices over which no rows lie.
 
-Dims: B batch, F frames, H height, W width, C channels.
+Dims: N tiles, B batch, F frames, H height, W width, C channels.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from vino_jax.errors import UserError
 from vino_jax.models.vae import VAE
+from vino_jax.sharding.constrain import map_tiles, tile_shards
 
 _FRAMES, _ROWS, _COLUMNS = 1, 2, 3  # dims of (B, F, H, W, C)
 
@@ -40,13 +42,13 @@ class Tiling:
 def encode_tiled(vae: VAE, pixels_BFHWC: jax.Array, tiling: Tiling) -> jax.Array:
     """Moments as VAE.encode gives them, (B, 1 + (F-1)/4, H/8, W/8, 2C) float32; the same as it where nothing needs tiling."""
     space, time = vae.config.spatial_compression, vae.config.temporal_compression
-    return _run_windows(vae.encode, pixels_BFHWC, _Plan.of(tiling, (1, 1), (time, space)))
+    return _run_windows(_Part.of(vae, VAE.encode), pixels_BFHWC, _Plan.of(tiling, (1, 1), (time, space)))
 
 
 def decode_tiled(vae: VAE, latents_BFHWC: jax.Array, tiling: Tiling) -> jax.Array:
     """Pixels as VAE.decode gives them of unscaled latents, (B, 1 + 4(F-1), 8H, 8W, 3) float32; the same where nothing needs tiling."""
     space, time = vae.config.spatial_compression, vae.config.temporal_compression
-    return _run_windows(vae.decode, latents_BFHWC, _Plan.of(tiling, (time, space), (1, 1)))
+    return _run_windows(_Part.of(vae, VAE.decode), latents_BFHWC, _Plan.of(tiling, (time, space), (1, 1)))
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,30 @@ class _Plan:
         return cls(_Axis.of(tiling.frames, tiling.frame_stride, *time), _Axis.of(tiling.side, tiling.stride, *space))
 
 
-def _run_windows(run: Callable, x: jax.Array, plan: _Plan) -> jax.Array:
+@dataclass(frozen=True)
+class _Part:
+    """A method of a VAE, (B, F, H, W, C) to its like, apart from the weights."""
+
+    call: Callable  # (weights, x)
+    weights: nnx.State
+
+    @classmethod
+    def of(cls, vae: VAE, method: Callable) -> "_Part":
+        graph, weights = nnx.split(vae)
+        return cls(lambda weights, x: method(nnx.merge(graph, weights), x), weights)
+
+    def each(self, tiles_NBFHWC: jax.Array) -> jax.Array:
+        """Of N tiles."""
+        if len(tiles_NBFHWC) == 1:
+            return self.call(self.weights, tiles_NBFHWC[0])[None]
+        # each device has the same number: what the last ones lack is filled up with the last tile
+        missing = -len(tiles_NBFHWC) % tile_shards(tiles_NBFHWC.shape[1])
+        filled = jnp.concatenate([tiles_NBFHWC, *[tiles_NBFHWC[-1:]] * missing])
+        done = map_tiles(lambda weights, tiles: jax.lax.map(lambda x: self.call(weights, x), tiles), self.weights, filled)
+        return done[:len(tiles_NBFHWC)]
+
+
+def _run_windows(part: _Part, x: jax.Array, plan: _Plan) -> jax.Array:
     frames, side = x.shape[_FRAMES], plan.side
     # A window has one frame more than its size, and all but the first lose their first frame, which was without its past: one of a
     # single frame would have nothing left.
@@ -86,7 +111,7 @@ def _run_windows(run: Callable, x: jax.Array, plan: _Plan) -> jax.Array:
     if side.size is not None and max(x.shape[_ROWS], x.shape[_COLUMNS]) > side.size:
         rows, columns = ([(i, min(i + side.size, x.shape[dim])) for i in range(0, x.shape[dim], side.stride)] for dim in (_ROWS, _COLUMNS))
 
-    tiles = iter(_run_by_shape(run, [x[:, f0:f1, r0:r1, c0:c1] for f0, f1 in windows for r0, r1 in rows for c0, c1 in columns]))
+    tiles = iter(_run_by_shape(part, [x[:, f0:f1, r0:r1, c0:c1] for f0, f1 in windows for r0, r1 in rows for c0, c1 in columns]))
     done = []
     for i in range(len(windows)):
         window = _join_grid([[next(tiles) for _ in columns] for _ in rows], side)
@@ -111,15 +136,14 @@ def _join_grid(grid: list[list[jax.Array]], side: _Axis) -> jax.Array:
     return jnp.concatenate(rows, axis=_ROWS)
 
 
-def _run_by_shape(run: Callable, tiles: list[jax.Array]) -> list[jax.Array]:
-    """run(tile) of each tile, in order."""
+def _run_by_shape(part: _Part, tiles: list[jax.Array]) -> list[jax.Array]:
+    """What `part` makes of each tile, in order."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for i, tile in enumerate(tiles):
         by_shape.setdefault(tile.shape, []).append(i)
     done = {}
     for members in by_shape.values():
-        out = jax.lax.map(run, jnp.stack([tiles[i] for i in members])) if len(members) > 1 else [run(tiles[members[0]])]
-        done.update(zip(members, out))
+        done.update(zip(members, part.each(jnp.stack([tiles[i] for i in members]))))
     return [done[i] for i in range(len(tiles))]
 
 

@@ -26,4 +26,5 @@ ACTIVATION_AXES = (
     "act_heads",  # attention heads of activations
     "act_mlp",  # hidden width of activations
     "pixels",  # height of pixels and latents
+    "tiles",  # windows of frames and tiles of pictures, which the VAE takes one by one; over what "batch" leaves of their mesh axes
 )

@@ -106,6 +106,40 @@ def map_shards(call: Callable, arrays: Sequence[jax.Array], axes: Sequence[Seque
                          check_vma=False)(*arrays)
 
 
+def _tile_spec(rows: int) -> PartitionSpec:
+    """Of (tiles, rows, ...): rows as ever, tiles over those mesh axes of theirs over which no rows lie."""
+    mesh, rules = _active.get()
+    taken = mesh_axes(rules["batch"])
+    if rows % math.prod(mesh.shape[a] for a in taken):
+        taken = ()
+    return PartitionSpec(tuple(a for a in mesh_axes(rules["tiles"]) if a not in taken), taken or None)
+
+
+def tile_shards(rows: int) -> int:
+    """Over how many shards `map_tiles` spreads tiles of so many rows; 1 without a mesh."""
+    active = _active.get()
+    return 1 if active is None else math.prod(active[0].shape[a] for a in _tile_spec(rows)[0])
+
+
+def map_tiles(call: Callable, weights: Any, tiles_NBx: jax.Array) -> jax.Array:
+    """call(weights, tiles) of arrays (N, B, ...) to their like, each device with its own tiles and rows and with all weights, gathered once;
+    N must be a multiple of tile_shards(B). What comes back lies over rows alone. With nothing to spread over, call(weights, tiles_NBx)."""
+    if tile_shards(tiles_NBx.shape[1]) == 1:
+        return call(weights, tiles_NBx)
+    mesh, rules = _active.get()
+    spec = _tile_spec(tiles_NBx.shape[1])
+
+    def alone(weights, tiles):
+        token = _active.set(None)  # within, nothing lies on the mesh
+        try:
+            return call(weights, tiles)
+        finally:
+            _active.reset(token)
+
+    done = jax.shard_map(alone, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=spec, check_vma=False)(weights, tiles_NBx)
+    return jax.lax.with_sharding_constraint(done, NamedSharding(mesh, PartitionSpec(None, spec[1])))
+
+
 def _fitting(arrays: Sequence[jax.Array], axes: Sequence[Sequence[str | None]], mesh: Mesh, rules: dict) -> dict[str | None, Any]:
     """The rules of the named axes, None for those that some array does not divide, or that have size 1 in all of them."""
     sizes: dict[str | None, set[int]] = {}

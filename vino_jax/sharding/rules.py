@@ -5,7 +5,7 @@ Parameters are stored over "fsdp" along the model width, over "tensor" along hea
 """
 from vino_jax.errors import UserError
 from vino_jax.settings import nearest
-from vino_jax.sharding.axes import ACTIVATION_AXES, PARAM_AXES
+from vino_jax.sharding.axes import ACTIVATION_AXES, MESH_AXES, PARAM_AXES
 
 _PARAMS = {
     "layers": None, "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "modulation": "tensor",
@@ -13,6 +13,7 @@ _PARAMS = {
 }
 _ACTIVATIONS = {
     "batch": ("data", "fsdp"), "tokens": "seq", "width": None, "act_heads": "tensor", "act_mlp": "tensor", "pixels": None,
+    "tiles": MESH_AXES,
 }
 
 _WIDE = ("heads", "kv_heads", "mlp", "modulation", "vlm_mlp", "vocab")  # second dims, over which more axes can store
