@@ -1,0 +1,57 @@
+"""launch.aot_compile --sampling: the programs of one sample, and what lies on the chips beside each."""
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from launch import aot_compile
+from vino_jax.aot.chips import CHIPS, topology_devices
+from vino_jax.aot.measure import measure
+from vino_jax.errors import UserError
+
+CONFIG = """
+from configs import common, models
+from configs.data import bucket
+
+def get_config():
+    return common.config(model=models.tiny(), runtime={"attention": "xla"}, mesh={"preset": "fsdp_seq"},
+                         buckets={"edit": bucket(8, 1, 32, 32, 32, patches=16, images=1)})
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    return ["--sampling", "--config", str(tmp_path / "tiny.py"), "--topology", "v5e:2x2", "--json", str(tmp_path / "out.json")]
+
+
+def test_the_programs_of_one_sample(command, tmp_path, capsys):
+    assert aot_compile.main([*command, "--check"]) == 0
+    rows = {row["stage"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    conditions = [f"condition {branch}" for branch in ("positive", "negative", "negative without images")]
+    assert list(rows) == ["encode reference 1", *conditions, "denoise", "decode"]
+    assert all(row["fits"] and row["bucket"] == "edit" and row["rows_a_chip"] == 0.25 for row in rows.values())
+    memory = {name: row["memory"] for name, row in rows.items()}
+    # the weights that a program takes do not lie beside it: what differs is the VAE, or the MMDiT
+    assert memory["encode reference 1"]["beside"] == memory["decode"]["beside"] > memory["denoise"]["beside"] > 0
+    assert all(one["beside"] < one["peak"] < one["limit"] for one in memory.values())
+    assert rows["denoise"]["unknown_loops"] and rows["denoise"]["flops"]["executed"] > rows["decode"]["flops"]["executed"] > 0
+    assert "encode reference 1" in capsys.readouterr().out
+
+
+def test_an_unknown_bucket_is_told(command):
+    with pytest.raises(UserError, match="unknown bucket 'edits', did you mean 'edit'"):
+        aot_compile.main([*command, "--bucket", "edits"])
+
+
+def test_what_lies_beside_a_program_counts():
+    mesh = Mesh(topology_devices("v5e:2x2"), ("x",))
+    struct = jax.ShapeDtypeStruct((4, 1024), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("x")))
+    lowered, chip = jax.jit(lambda x: x @ x.T).lower(struct), CHIPS["v5e"]
+    alone, crowded = measure(lowered, chip), measure(lowered, chip, beside=int(chip.hbm) - 1)
+    assert alone.fits and alone.memory.beside == 0
+    assert not crowded.fits and crowded.memory.needed == crowded.memory.peak == alone.memory.peak + chip.hbm - 1
+    assert dataclasses.replace(crowded.memory, beside=0, needed=None, peak=alone.memory.peak) == alone.memory
