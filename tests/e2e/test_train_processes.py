@@ -4,12 +4,8 @@ goes on with another number of processes.
 Eight devices in all, however many processes they belong to.
 """
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -18,7 +14,9 @@ import pytest
 
 from launch import convert
 from tests import tolerances
-from tests.data.folders import ROOT, SMALL_VLM
+from tests.data.folders import SMALL_VLM
+from tests.e2e import processes
+from tests.e2e.processes import ended
 from tests.train import tiny
 from vino_jax.checkpoint import model as model_checkpoint
 from vino_jax.checkpoint.run import complete_steps
@@ -52,25 +50,8 @@ def files(tmp_path_factory):
 
 def start(files, workdir, count, *flags):
     """The processes of one run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = (f"--config.log.compile_cache={files / 'compiled'}", *flags)
-    command = [sys.executable, "-m", "launch.train", "--config", str(files / "config.py"), "--workdir", str(workdir), *flags]
-    running = []
-    for index in range(count):
-        xla = f"--xla_force_host_platform_device_count={DEVICES // count} --xla_backend_optimization_level=0"
-        environment = {**os.environ, "XLA_FLAGS": xla, "PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        if count > 1:
-            environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
-        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    return running
-
-
-def ended(running):
-    """(exit codes, what each said)."""
-    said = [process.communicate(timeout=300)[0] for process in running]
-    return [process.returncode for process in running], said
+    cache = f"--config.log.compile_cache={files / 'compiled'}"
+    return processes.start(["launch.train", "--config", files / "config.py", "--workdir", workdir, cache, *flags], count, DEVICES)
 
 
 def losses(workdir):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from configs import models
 from launch import cli, sample
-from tests.data.folders import SMALL_VLM
+from tests.data.folders import ROOT, SMALL_VLM
 from tests.tolerances import BATCH_ROW_ABS
 from vino_jax.checkpoint import model as checkpoint
 from vino_jax.errors import UserError
@@ -101,6 +101,15 @@ def test_seeds_progress_and_the_contact_sheet(workdir, tmp_path, capsys):
     assert run(*command, "--output", tmp_path / "one", "--seed", 3) == 0
     told = capsys.readouterr().out
     assert "a: kept" in told and "b: kept" in told and "b.png, made with another prompt and seed (--overwrite" in told
+
+
+def test_the_documented_script_runs(workdir):
+    """docs/sampling.md: the same from Python; here with another checkpoint, and fewer steps."""
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "sampling.md").read_text(), re.DOTALL)
+    made = {}
+    exec(script.replace("runs/demo/train", str(workdir)).replace("steps=12", "steps=1"), made)
+    assert made["picture"].pixels.shape == (1, 32, 48, 3) and made["picture"].latents.shape == (1, 1, 4, 6, 4)
+    assert [clip.shape for clip in made["clips"]] == 3 * [(5, 32, 48, 3)] and np.abs(made["clips"][0].astype(int) - made["clips"][1]).max() > 0
 
 
 def test_image_guidance_without_an_image_to_leave_out_fails_its_task(workdir, tmp_path, capsys):
