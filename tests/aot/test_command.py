@@ -31,7 +31,7 @@ def config(tmp_path):
 
 
 def lacking(lowered, chip):
-    return Measured(1.0, Memory(31.25 * GIB, needed=33.2 * GIB), None)
+    return Measured(1.0, Memory(31.25 * GIB, needed=33.2 * GIB), False, None)
 
 
 @pytest.fixture

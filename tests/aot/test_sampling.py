@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from launch import aot_compile
+from vino_jax.aot import report
 from vino_jax.aot.chips import CHIPS, topology_devices
 from vino_jax.aot.measure import measure
 from vino_jax.errors import UserError
@@ -47,11 +48,28 @@ def test_an_unknown_bucket_is_told(command):
         aot_compile.main([*command, "--bucket", "edits"])
 
 
-def test_what_lies_beside_a_program_counts():
+@pytest.fixture
+def lowered():
     mesh = Mesh(topology_devices("v5e:2x2"), ("x",))
-    struct = jax.ShapeDtypeStruct((4, 1024), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("x")))
-    lowered, chip = jax.jit(lambda x: x @ x.T).lower(struct), CHIPS["v5e"]
+    return jax.jit(lambda x: x @ x.T).lower(jax.ShapeDtypeStruct((4, 1024), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("x"))))
+
+
+def test_what_lies_beside_a_program_counts(lowered):
+    chip = CHIPS["v5e"]
     alone, crowded = measure(lowered, chip), measure(lowered, chip, beside=int(chip.hbm) - 1)
     assert alone.fits and alone.memory.beside == 0
     assert not crowded.fits and crowded.memory.needed == crowded.memory.peak == alone.memory.peak + chip.hbm - 1
     assert dataclasses.replace(crowded.memory, beside=0, needed=None, peak=alone.memory.peak) == alone.memory
+
+
+def test_a_program_whose_text_cannot_be_read_is_told_all_the_same(lowered, monkeypatch):
+    """As one of the 13 B model is on v5p:8x8x8: its memory is known."""
+    def unreadable(compiled):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update instruction should have 1 operands but sees 3")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", unreadable)
+    found = report.row(measure(lowered, CHIPS["v5e"]), CHIPS["v5e"], stage="stage2", bucket="clip", remat="full", rows_a_chip=1, model_flops=1e12)
+    assert found["fits"] and found["flops"] is None and 0 < found["memory"]["peak"] < found["memory"]["limit"]
+    head, line = (row.split("|") for row in report.table([found], markdown=True).split("\n")[::2])
+    assert len(head) == len(line) and line.count(" - ") == 7
+    assert "cannot be read" in report.text([found], "heading", ())

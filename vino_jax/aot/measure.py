@@ -33,11 +33,8 @@ class Memory:
 class Measured:
     seconds: float  # of compilation
     memory: Memory
-    cost: Cost | None  # None: does not fit
-
-    @property
-    def fits(self) -> bool:
-        return self.cost is not None
+    fits: bool
+    cost: Cost | None  # None: does not fit, or its text cannot be read
 
 
 def measure(lowered: jax.stages.Lowered, chip: Chip, *, beside: int = 0) -> Measured:
@@ -49,13 +46,18 @@ def measure(lowered: jax.stages.Lowered, chip: Chip, *, beside: int = 0) -> Meas
         if "RESOURCE_EXHAUSTED" not in str(error) or "Ran out of memory" not in str(error):
             raise
         needed = needed_bytes(str(error))
-        return Measured(time.perf_counter() - start, Memory(chip.hbm, beside=beside, needed=None if needed is None else needed + beside), None)
+        return Measured(time.perf_counter() - start, Memory(chip.hbm, beside=beside, needed=None if needed is None else needed + beside),
+                        False, None)
     seconds, stats = time.perf_counter() - start, compiled.memory_analysis()
     memory = Memory(chip.hbm, stats.argument_size_in_bytes, stats.temp_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes,
                     stats.peak_memory_in_bytes + beside, stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes, beside)
     if memory.peak > chip.hbm:
-        return Measured(seconds, dataclasses.replace(memory, needed=memory.peak), None)
-    return Measured(seconds, memory, program_cost(compiled.as_text()))
+        return Measured(seconds, dataclasses.replace(memory, needed=memory.peak), False, None)
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # jax 0.10.2 cannot read every program of libtpu 0.0.42 ("async-update instruction should have ...")
+        return Measured(seconds, memory, True, None)
+    return Measured(seconds, memory, True, program_cost(text))
 
 
 def needed_bytes(message: str) -> float | None:
