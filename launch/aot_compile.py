@@ -6,7 +6,7 @@
 One row a (stage, bucket): memory of a chip, FLOPs executed and of the model, collectives, traffic with the host, seconds of
 compilation, and an estimate of step time and MFU. --suggest tries the remat policies, least recomputing first, and reports the first
 that fits. --encode adds the program that encodes a bucket's pixels, which takes its own minutes. --sampling compiles, in the place of
-training steps, what launch.sample runs for one sample of each bucket: encoding, conditioning, a step of denoising, decoding.
+training steps, what launch.sample runs for one sample of each bucket: --stage encode, condition, denoise (one step of it), decode.
 
 The exit code is 0 whether or not programs fit; with --check it is 1 where one does not. A config that takes an argument gets the
 topology. Nothing is read but the config and, where it names them, the shapes of its weights.
@@ -129,7 +129,7 @@ def _rows(config: RunConfig, flags: argparse.Namespace, mesh: jax.sharding.Mesh,
         if flags.bucket and flags.bucket not in config.buckets:
             raise UserError(f"unknown bucket {flags.bucket!r}{nearest(flags.bucket, config.buckets)}")
         buckets = [config.buckets[flags.bucket]] if flags.bucket else list(config.buckets.values())
-        return aot_sampling.rows(config, architecture(config), flags.topology, mesh, buckets, flags.vae_tiling, say)
+        return aot_sampling.rows(config, architecture(config), flags.topology, mesh, buckets, flags.vae_tiling, flags.stage, say)
     programs = chosen(config, flags.stage, flags.bucket)
     return compile_all(Compiler(config, flags.topology, mesh), programs, suggesting=flags.suggest, encode=flags.encode, say=say)
 

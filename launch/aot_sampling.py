@@ -9,9 +9,10 @@ from vino_jax.aot import report
 from vino_jax.aot.chips import chip_of
 from vino_jax.aot.measure import measure
 from vino_jax.batch import Batch, BucketSpec, PackedTask
+from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
 from vino_jax.sampling.pipeline import Sampler
-from vino_jax.settings import VinoConfig
+from vino_jax.settings import VinoConfig, nearest
 from vino_jax.sharding.resolve import describe
 from vino_jax.sharding.rules import preset
 from vino_jax.train.config import RunConfig
@@ -38,8 +39,11 @@ def _without_pixels(row: Batch) -> Batch:
 
 
 def rows(config: RunConfig, architecture: VinoConfig, topology: str, mesh: jax.sharding.Mesh, buckets: Sequence[BucketSpec], tiling: str,
-         say: Callable[[str], None]) -> Iterator[report.Row]:
-    """A row for each program of each bucket. Of the denoising loop one step counts, as its turns are an argument of the program."""
+         kind: str | None, say: Callable[[str], None]) -> Iterator[report.Row]:
+    """A row for each program of each bucket, or those of a kind: encode, condition, denoise, decode. Of the denoising loop one step counts,
+    as its turns are an argument of the program. Raises UserError for another kind."""
+    if kind not in (None, *_PARTS):
+        raise UserError(f"unknown stage {kind!r} of sampling{nearest(kind, _PARTS)}")
     rules, chip = preset(config.mesh.preset), chip_of(topology)
     vino = Vino(architecture, config.runtime, TILINGS[tiling])
     structs = placed(vino.abstract, vino.axes, config.runtime.dtype, mesh, rules)
@@ -47,6 +51,8 @@ def rows(config: RunConfig, architecture: VinoConfig, topology: str, mesh: jax.s
     sampler = Sampler(vino, structs, mesh=mesh, rules=rules)
     for bucket in buckets:
         for name, lowered in sampler.lowered(request(bucket), steps=50):
+            if kind not in (None, name.split()[0]):
+                continue
             beside = sum(size for part, size in held.items() if part not in _PARTS[name.split()[0]])
             measured = measure(lowered, chip, beside=round(beside))
             row = report.row(measured, chip, stage=name, bucket=bucket.name, remat="-", rows_a_chip=1 / mesh.size, model_flops=None)

@@ -43,9 +43,17 @@ def test_the_programs_of_one_sample(command, tmp_path, capsys):
     assert "encode reference 1" in capsys.readouterr().out
 
 
-def test_an_unknown_bucket_is_told(command):
-    with pytest.raises(UserError, match="unknown bucket 'edits', did you mean 'edit'"):
-        aot_compile.main([*command, "--bucket", "edits"])
+@pytest.mark.parametrize("flag, words", [("--bucket=edits", "unknown bucket 'edits', did you mean 'edit'"),
+                                         ("--stage=decoding", "unknown stage 'decoding' of sampling, did you mean 'decode'")])
+def test_an_unknown_name_is_told(command, flag, words):
+    with pytest.raises(UserError, match=words):
+        aot_compile.main([*command, flag])
+
+
+def test_one_kind_of_program(command, tmp_path):
+    assert aot_compile.main([*command, "--stage", "condition"]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["stage"] for row in rows] == ["condition positive", "condition negative", "condition negative without images"]
 
 
 @pytest.fixture
