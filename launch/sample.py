@@ -77,11 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for problem in problems:
         report.failed(str(problem))
     # what the first process finds: on a disk of its own another one would find other files, and wait for ever for who keeps what it has not
-    done = {} if flags.overwrite else processes.of_first(lambda: {task.index: str(path) for task in tasks if (path := finished(flags, task))})
+    done = {} if flags.overwrite else processes.of_first(lambda: kept(flags, tasks))
+    for index, (path, differs) in done.items():
+        report.kept(index, path, differs)
     waiting = [task for task in tasks if task.index not in done]
-    for task in tasks:
-        if task.index in done:
-            report.kept(task.index, Path(done[task.index]), differing(Path(done[task.index]), metadata_asked(task, flags)))
     if waiting:
         if flags.compile_cache:
             compile_cache.use(str(flags.compile_cache))
@@ -134,6 +133,12 @@ def finished(flags: argparse.Namespace, task: Task) -> Path | None:
     return next((path for path in (flags.output / f"{task.index}{ending}" for ending in (".png", ".mp4")) if path.exists()), None)
 
 
+def kept(flags: argparse.Namespace, tasks: Sequence[Task]) -> dict[str, tuple[str, list[str]]]:
+    """Index -> (the result that is there already, in what it differs from what is asked)."""
+    found = ((task, finished(flags, task)) for task in tasks)
+    return {task.index: (str(path), differing(path, metadata_asked(task, flags))) for task, path in found if path}
+
+
 def metadata_asked(task: Task, flags: argparse.Namespace) -> dict[str, str]:
     """What is known of an output before it is made, as `metadata` writes it."""
     return {"prompt": task.caption, "seed": str(flags.seed if task.seed is None else task.seed)}
@@ -147,8 +152,11 @@ def metadata(task: PackedTask, steps: int) -> dict[str, str]:
 
 
 def differing(path: Path, wanted: Mapping[str, str]) -> list[str]:
-    """In what an output that is there already differs from what is asked."""
-    found = read_metadata(path)
+    """In what an output that is there already differs from what is asked; nothing is known of one that cannot be read."""
+    try:
+        found = read_metadata(path)
+    except UserError:
+        found = {}
     return [name for name, value in wanted.items() if found.get(name, value) != value]
 
 
@@ -224,7 +232,7 @@ class Report:
         self._seconds += seconds
         self._line("written", f"{task.index}: {task.task} {task.frames}x{task.height}x{task.width} -> {path}, {seconds:.1f} s")
 
-    def kept(self, index: str, path: Path, differs: Sequence[str]) -> None:
+    def kept(self, index: str, path: str, differs: Sequence[str]) -> None:
         other = f", made with another {' and '.join(differs)}" if differs else ""
         self._line("kept", f"{index}: kept {path}{other} (--overwrite generates it again)")
 

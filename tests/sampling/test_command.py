@@ -112,6 +112,16 @@ def test_the_documented_script_runs(workdir):
     assert [clip.shape for clip in made["clips"]] == 3 * [(5, 32, 48, 3)] and np.abs(made["clips"][0].astype(int) - made["clips"][1]).max() > 0
 
 
+def test_an_output_that_cannot_be_read_is_kept(workdir, tmp_path, capsys):
+    """It is no reason to leave the other tasks undone, nor to write over it."""
+    tasks = [{"index": name, "task": "t2i", "caption": "a red circle"} for name in ("broken", "fine")]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "broken.png").write_bytes(b"no picture")
+    assert run("--checkpoint", workdir, "--tasks", tmp_path / "tasks.json", "--output", tmp_path / "out", "--steps", 1) == 0
+    assert "1 written, 1 kept, 0 failed" in capsys.readouterr().out and (tmp_path / "out" / "broken.png").read_bytes() == b"no picture"
+
+
 def test_image_guidance_without_an_image_to_leave_out_fails_its_task(workdir, tmp_path, capsys):
     Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
     tasks = [{"index": "base", "task": "ti2i", "caption": "x", "ref_image_paths": ["red.png"], "ref_image_have_base": True},
