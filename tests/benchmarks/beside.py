@@ -52,7 +52,7 @@ def run(sides: Mapping[str, Callable[[int], Load]], rounds: int, close: float, h
 
 
 def _told(kind: str, reference: list, ours: list) -> float:
-    """Prints what a kind of call took; returns the larger of the ratios of time and of memory."""
+    """Prints what a kind of call took; returns the larger of the ratios of time and of peak memory."""
     figures = []
     for name, rows in ((REFERENCE, reference), (OURS, ours)):
         took, computed, peaks, imported = zip(*rows)
@@ -63,7 +63,7 @@ def _told(kind: str, reference: list, ours: list) -> float:
     paired = median(a[0] / b[0] for a, b in zip(ours, reference))
     print(f"{kind}: {time_ratio:.2f} of {REFERENCE}' time (median of the rounds' ratios {paired:.2f}), {cpu_ratio:.2f} of its CPU time, "
           f"{memory_ratio:.2f} of its memory ({whole_ratio:.2f} with imports)")
-    return max(time_ratio, memory_ratio)
+    return max(time_ratio, whole_ratio)
 
 
 def _resident(name: str) -> float:

@@ -5,6 +5,7 @@
 17 frames of 256x256 at a quarter of the published widths (32, 64, 128, 128), all else as published, float32, the same random weights in
 both, each in the windows of frames that diffusers takes by default. Exit code 1 where a ratio of decoding is over 1.
 """
+import functools
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
@@ -55,7 +56,7 @@ def ours(threads: int) -> beside.Load:
     from vino_jax.models.vae import VAE
     from vino_jax.models.vae_tiling import Tiling, decode_tiled, encode_tiled
     from vino_jax.nn.module import Definition
-    from vino_jax.nn.runtime import Runtime
+    from vino_jax.nn.runtime import COMPILER_OPTIONS, Runtime
     from vino_jax.settings import VAEConfig
 
     config, tiling = VAEConfig(block_widths=WIDTHS), Tiling(side=None)
@@ -63,8 +64,9 @@ def ours(threads: int) -> beside.Load:
     def load(pipe: Connection) -> dict[str, Callable]:
         definition = Definition(lambda rngs: VAE(config, Runtime(), rngs=rngs))
         params = to_params(table(config), pipe.recv(), definition.abstract)
-        calls = {"decode": jax.jit(lambda p, z: decode_tiled(definition(p), z, tiling)),
-                 "encode": jax.jit(lambda p, x: encode_tiled(definition(p), x, tiling)[..., :LATENTS])}
+        jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS["cpu"])
+        calls = {"decode": jit(lambda p, z: decode_tiled(definition(p), z, tiling)),
+                 "encode": jit(lambda p, x: encode_tiled(definition(p), x, tiling)[..., :LATENTS])}
         given = {kind: jax.device_put(x) for kind, x in inputs().items()}
         return {kind: lambda kind=kind: np.asarray(calls[kind](params, given[kind])) for kind in calls}
 

@@ -13,7 +13,7 @@ from vino_jax.sharding.axes import ACTIVATION_AXES, PARAM_AXES
 from vino_jax.sharding.constrain import constrain, use_sharding
 from vino_jax.sharding.mesh import make_mesh, parse_mesh
 from vino_jax.sharding.resolve import batch_shardings, data_shards, describe, shardings
-from vino_jax.sharding.rules import PRESETS, preset
+from vino_jax.sharding.rules import PRESETS, for_rows, preset
 
 
 def leaf(*shape):
@@ -85,6 +85,19 @@ def test_constrain_places_and_leaves_whole_what_does_not_divide():
     assert jax.jit(place)(jnp.ones((2, 8, 4))).sharding.shard_shape((2, 8, 4)) == (1, 2, 4)
     assert jax.jit(place)(jnp.ones((2, 6, 4))).sharding.shard_shape((2, 6, 4)) == (1, 6, 4)
     assert constrain(jnp.ones(3), "batch").shape == (3,)  # without a mesh a hint is nothing
+
+
+def test_rows_are_shared_only_where_there_are_too_few():
+    mesh, rules = make_mesh({"fsdp": 2, "seq": 4}), preset("fsdp_seq")
+
+    def place(x):
+        with use_sharding(mesh, for_rows(rules, mesh, len(x))):
+            return constrain(x, "batch", "tokens", None)
+
+    assert jax.jit(place)(jnp.ones((8, 8, 4))).sharding.shard_shape((8, 8, 4)) == (1, 8, 4)
+    assert jax.jit(place)(jnp.ones((4, 8, 4))).sharding.shard_shape((4, 8, 4)) == (2, 2, 4)
+    whole = for_rows(rules, mesh, 16)
+    assert {name: axis for name, axis in whole.items() if axis != rules[name]} == {"batch": ("data", "fsdp", "seq"), "tokens": None}
 
 
 # mesh -> which parts of the rows the first four of eight devices hold, which the last four, which every second one; of how many

@@ -57,9 +57,10 @@ def one_device(tmp_path_factory):
     return run(tmp_path_factory.mktemp("one"), mesh=ONE, steps=20, checkpoint_every=20)
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_eight_devices_give_the_loss_curve_of_one(name, one_device, tmp_path):
-    _, _, losses = run(tmp_path, mesh=MESHES[name], name=name, steps=20, checkpoint_every=20)
+# With "seq" a pass of 8 rows gives each device rows of its own, one of 2 rows (four microbatches) has devices share them.
+@pytest.mark.parametrize("name, accumulate", [*((name, 1) for name in MESHES), ("fsdp_seq", 4)])
+def test_eight_devices_give_the_loss_curve_of_one(name, accumulate, one_device, tmp_path):
+    _, _, losses = run(tmp_path, mesh=MESHES[name], name=name, stage=tiny.stage(20, accumulate=accumulate), checkpoint_every=20)
     assert len(losses) == 20
     worst = max(abs(losses[step] - one_device[2][step]) for step in range(1, 21))
     assert worst < tolerances.MESH_LOSS_ABS, worst

@@ -40,12 +40,6 @@ def _conv2d(x_NHWI, kernel, stride):
     return jax.lax.conv_general_dilated(x_NHWI, kernel, stride, "VALID", dimension_numbers=_DIMS_2D)
 
 
-def _conv2d_with_a_row_more(x_NHWI, kernel):
-    """_conv2d of stride 1 and below it one row of no meaning. XLA gives a 2D convolution without padding to a library (jax 0.10: YNNPACK)
-    that takes 2 to 3 times as long as its own, which it uses for this one; the slice that drops the row costs nothing."""
-    return jax.lax.conv_general_dilated(x_NHWI, kernel, (1, 1), ((0, 1), (0, 0)), dimension_numbers=_DIMS_2D)
-
-
 def _conv3d_by_taps(x_BFHWI, kernel, stride):
     """The same numbers as _conv3d, as a sum over the kernel's time taps of 2D convolutions on all frames at once."""
     frames = (x_BFHWI.shape[1] - kernel.shape[0]) // stride[0] + 1
@@ -75,8 +69,8 @@ def _conv_frame(x_BHWI, kernel, doubled: bool):
     """3x3 convolution of a frame, borders repeated; doubled: of the frame with its rows and columns doubled."""
     padded, (batch, height, width, _) = _pad_space(x_BHWI), x_BHWI.shape
     if not doubled:
-        return _conv2d_with_a_row_more(padded, kernel)[:, :height]
-    y = {at: _conv2d_with_a_row_more(padded, k)[:, at[0]:at[0] + height, at[1]:at[1] + width] for at, k in _space_phases(kernel).items()}
+        return _conv2d(padded, kernel, (1, 1))
+    y = {at: _conv2d(padded, k, (1, 1))[:, at[0]:at[0] + height, at[1]:at[1] + width] for at, k in _space_phases(kernel).items()}
     rows = [jnp.stack([y[i, 0], y[i, 1]], axis=3) for i in (0, 1)]
     return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, -1)
 

@@ -35,18 +35,29 @@ def _softmax(q_BNLH, k_BNSH, v_BNSH, mask_BNLS):
     return jnp.einsum("bnls,bnsh->bnlh", weights, v_BNSH)
 
 
+def _softmax_of_many(q_BNLH, k_BNSH, v_BNSH, mask_BNLS):
+    """The same numbers, divided by the sum of the weights after the product: H divisions a query for S. Its gradient needs that product."""
+    scores = _scores(q_BNLH, k_BNSH, mask_BNLS)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    out = jnp.einsum("bnls,bnsh->bnlh", weights.astype(v_BNSH.dtype), v_BNSH, preferred_element_type=jnp.float32)
+    return (out / jnp.sum(weights, axis=-1)[..., None]).astype(v_BNSH.dtype)
+
+
 def _attended(q, k, v, mask):
     """_softmax, on a CPU head by head where there is much of it."""
     rows, heads = q.shape[:2]
     if active_platform() != "cpu" or math.prod(q.shape[:3]) * k.shape[2] <= 2 * _CACHED_SCORES:
         return _in_chunks(_softmax, q, k, v, mask)
 
+    # Heads are cut out of (B, L, N, H): what the caller swapped is swapped back, so that no whole array is copied.
+    whole = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
+
     @jax.checkpoint
     def head(number):
-        def of(x):  # (1, 1, ...); what all rows or all heads share has size 1
-            return x[None, None, number // heads if len(x) > 1 else 0, number % heads if x.shape[1] > 1 else 0]
-
-        return _in_chunks(_softmax, of(q), of(k), of(v), None if mask is None else of(mask), _CACHED_SCORES)[0, 0]
+        row, own = number // heads, number % heads
+        # of a mask what all rows or all heads share has size 1
+        seen = None if mask is None else mask[None, None, row if len(mask) > 1 else 0, own if mask.shape[1] > 1 else 0]
+        return _in_chunks(_softmax_of_many, *(x[None, None, row, :, own] for x in whole), seen, _CACHED_SCORES)[0, 0]
 
     return jax.lax.map(head, jnp.arange(rows * heads)).reshape(*q.shape[:3], v.shape[3])
 

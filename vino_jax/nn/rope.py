@@ -23,7 +23,8 @@ def rope_tables(position_BLA: jax.Array, axes: tuple[int, ...], theta: float) ->
 def apply_rope(x_BLNH: jax.Array, cos_BLH: jax.Array, sin_BLH: jax.Array) -> jax.Array:
     """Rotate each pair (x0, x1) to (x0 cos - x1 sin, x1 cos + x0 sin); in float32, returned in the dtype of x."""
     x = x_BLNH.astype(jnp.float32)
-    # by rolls: a dim of size 2 would be padded to 128 on a TPU
-    even = jnp.arange(x.shape[-1]) % 2 == 0
-    turned = jnp.where(even, -jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
+    # by shifts: a dim of size 2 would be padded to 128 on a TPU; what they shift in is not read
+    even, still = jnp.arange(x.shape[-1]) % 2 == 0, [(0, 0, 0)] * (x.ndim - 1)
+    after, before = jax.lax.pad(x[..., 1:], 0.0, [*still, (0, 1, 0)]), jax.lax.pad(x[..., :-1], 0.0, [*still, (1, 0, 0)])
+    turned = jnp.where(even, -after, before)
     return (x * cos_BLH[:, :, None] + turned * sin_BLH[:, :, None]).astype(x_BLNH.dtype)

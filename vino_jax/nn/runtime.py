@@ -8,6 +8,13 @@ from vino_jax.nn.attention import KERNELS
 from vino_jax.nn.quantize import QUANTIZERS
 from vino_jax.nn.stack import check_remat
 
+# Of XLA, by platform, for programs that hold a VAE or sample. On a CPU, by default (jax 0.10), convolutions go to YNNPACK, which takes 2 to 6
+# times as long for them as XLA's own code; and operations are ordered by what could run side by side, of which products that fill all cores
+# gain nothing, but the MLP's first product lies in memory all through attention.
+COMPILER_OPTIONS = {"cpu": {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+}}
 _KNOWN = {"dtype": ("float32", "bfloat16"), "attention": KERNELS, "quantize": QUANTIZERS}
 
 

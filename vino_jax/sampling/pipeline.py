@@ -5,6 +5,7 @@ F H W frames, height, width in pixels, f h w in latents, C latent channels. A pa
 branch, a task each, then those of the next, and repeats its last row where rows lie on several devices and do not divide.
 """
 import contextlib
+import functools
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,9 @@ from vino_jax.flow.euler import integrate, schedule
 from vino_jax.flow.guidance import guide
 from vino_jax.models.context import patchify
 from vino_jax.models.vino import Conditioning, Vino
+from vino_jax.nn.runtime import COMPILER_OPTIONS
 from vino_jax.sampling.passes import Passes, choose
-from vino_jax.sharding.constrain import shards, use_sharding
+from vino_jax.sharding.constrain import active_platform, shards, use_sharding
 
 POSTERIORS = ("sample", "mode")
 BRANCHES = ("positive", "negative", "negative without images")
@@ -65,10 +67,12 @@ class Sampler:
         self.vino, self.params = vino, params
         self._mesh, self._rules, self._tell = mesh, rules, tell
         whole = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
-        self._encode = jax.jit(self._encode_rows)
-        self._condition = jax.jit(vino.condition)
-        self._denoise = jax.jit(self._denoise_rows, static_argnames=("steps", "passes"), **whole)
-        self._decode = jax.jit(vino.decode, **whole)
+        with self._active():
+            jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(active_platform()))
+        self._encode = jit(self._encode_rows)
+        self._condition = jit(vino.condition)
+        self._denoise = jit(self._denoise_rows, static_argnames=("steps", "passes"), **whole)
+        self._decode = jit(vino.decode, **whole)
 
     @property
     def params(self) -> Any:

@@ -3,9 +3,14 @@
 Parameters are stored over "fsdp" along the model width, over "tensor" along heads and hidden widths; activations are split over
 "data" and "fsdp" by rows, over "seq" by tokens, over "tensor" by heads and hidden widths. A mesh axis of size 1 costs nothing.
 """
+import math
+
+from jax.sharding import Mesh
+
 from vino_jax.errors import UserError
 from vino_jax.settings import nearest
 from vino_jax.sharding.axes import ACTIVATION_AXES, MESH_AXES, PARAM_AXES
+from vino_jax.sharding.constrain import mesh_axes
 
 _PARAMS = {
     "layers": None, "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "modulation": "tensor",
@@ -37,3 +42,12 @@ def preset(name: str) -> dict:
     rules = PRESETS[name]
     assert set(rules) == {*PARAM_AXES, *ACTIVATION_AXES}, f"preset {name} does not cover the vocabulary of sharding/axes.py"
     return rules
+
+
+def for_rows(rules: dict, mesh: Mesh, rows: int) -> dict:
+    """The rules for a pass of so many rows: where they divide over the mesh axes of tokens too, rows lie there and no row is shared, so that
+    attention sends nothing; else as given."""
+    axes = (*mesh_axes(rules["batch"]), *mesh_axes(rules["tokens"]))
+    if rows % math.prod(mesh.shape[axis] for axis in axes):
+        return rules
+    return {**rules, "batch": axes, "tokens": None}

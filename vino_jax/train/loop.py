@@ -1,5 +1,6 @@
 """The loop of one stage: place, compile, step, log, preview, save, and stop cleanly."""
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,8 +17,10 @@ from vino_jax.checkpoint.run import RunCheckpoints
 from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
 from vino_jax.nn.module import Params
+from vino_jax.nn.runtime import COMPILER_OPTIONS
 from vino_jax.sharding.constrain import use_sharding
 from vino_jax.sharding.resolve import batch_shardings, data_shards, shardings
+from vino_jax.sharding.rules import for_rows
 from vino_jax.train import compile_cache
 from vino_jax.train import stage as stages
 from vino_jax.train.config import LogConfig
@@ -64,7 +67,7 @@ class StagePlan:
         placed = jax.tree.map(lambda x: x.sharding, state)
         batch = bucket.spec(2 * self.vino.config.vae.latent_channels)
         batch = with_shardings(batch, batch_shardings(batch, self.mesh, self.rules))
-        with use_sharding(self.mesh, self.rules):
+        with use_sharding(self.mesh, for_rows(self.rules, self.mesh, bucket.batch // self.stage.accumulate)):
             read = NamedSharding(self.mesh, PartitionSpec())  # metrics lie whole on every device, so that every process can read them
             jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, read))
             return jitted.lower(*abstract, batch, jax.ShapeDtypeStruct((), np.float32))
@@ -80,7 +83,7 @@ class StagePlan:
 
 
 def _encoder(vino: Vino, mesh: Mesh, rules: dict) -> jax.stages.Wrapped:
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform))
     def encode(vae, batch):
         encoded = encode_batch(vino, vae, batch)
         clips = {name: getattr(encoded, name) for name in ("target", "images", "video")}
