@@ -97,20 +97,21 @@ class Generator:
         return pack_task(task, self.prompter, asked.options(self.defaults, picture))
 
     def generate(self, task: Mapping[str, Any], *, root: str | Path = ".", steps: int | None = None, posterior: str = "sample",
-                 noise: np.ndarray | None = None, **asked: Any) -> Result:
+                 noise: np.ndarray | None = None, step_cache: int = 1, **asked: Any) -> Result:
         """One task of a task file (its index may be absent); asked: fields of Asked.
 
-        Result: pixels uint8 (F, H, W, 3), latents (1, f, h, w, C) float32. noise: (1, f, h, w, C) to start from.
+        Result: pixels uint8 (F, H, W, 3), latents (1, f, h, w, C) float32. noise: (1, f, h, w, C) to start from. step_cache: see
+        Sampler.generate.
         Raises UserError, naming the task, for what cannot be read or does not fit.
         """
         packed = self.pack(parse_task({"index": "0", **task}, Path(root), "task"), Asked(**asked))
-        return self.sampler.generate(packed, steps=steps or self.defaults.steps, posterior=posterior, noise=noise)
+        return self.sampler.generate(packed, steps=steps or self.defaults.steps, posterior=posterior, noise=noise, step_cache=step_cache)
 
     def generate_many(self, tasks: Sequence[Mapping[str, Any]], *, root: str | Path = ".", steps: int | None = None, posterior: str = "sample",
-                      batch: int = 8, **asked: Any) -> list[Result]:
+                      batch: int = 8, step_cache: int = 1, **asked: Any) -> list[Result]:
         """The same for many tasks, in their order; those of equal shapes run side by side, up to `batch`."""
         packed = [self.pack(parse_task({"index": str(i), **task}, Path(root), f"task {i}"), Asked(**asked)) for i, task in enumerate(tasks)]
-        return self.sampler.generate_many(packed, steps=steps or self.defaults.steps, posterior=posterior, batch=batch)
+        return self.sampler.generate_many(packed, steps=steps or self.defaults.steps, posterior=posterior, batch=batch, step_cache=step_cache)
 
 
 def model_directory(path: Path) -> Path:

@@ -58,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--contact_sheet", type=Path, metavar="FILE.png", help="also write one picture of all results with their prompts")
     p.add_argument("--mesh", help="sizes of mesh axes, as fsdp=2,seq=8 (default: all accelerators share each sample; on a CPU one device)")
     p.add_argument("--batch", type=int, default=1, help="tasks of equal shapes that are generated side by side (default 1)")
+    p.add_argument("--step_cache", type=int, default=1, metavar="N",
+                   help="run the blocks of the MMDiT in every N-th step alone, and in between add what they added last (default 1: in all)")
     p.add_argument("--compile_cache", type=Path, metavar="DIR", help="keep compiled programs here for later runs")
     p.add_argument("--overwrite", action="store_true", help="generate again what the output folder has already")
     return p
@@ -100,7 +102,7 @@ def asked(flags: argparse.Namespace) -> Asked:
 def check_flags(flags: argparse.Namespace, defaults: SamplingConfig) -> None:
     """Raises UserError for values that no task could be generated with."""
     asked(flags).check(defaults)
-    for name in ("steps", "batch"):
+    for name in ("steps", "batch", "step_cache"):
         value = getattr(flags, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
@@ -144,10 +146,10 @@ def metadata_asked(task: Task, flags: argparse.Namespace) -> dict[str, str]:
     return {"prompt": task.caption, "seed": str(flags.seed if task.seed is None else task.seed)}
 
 
-def metadata(task: PackedTask, steps: int) -> dict[str, str]:
+def metadata(task: PackedTask, steps: int, step_cache: int) -> dict[str, str]:
     """What an output tells of itself."""
     return {"prompt": task.prompt, "seed": str(task.seed), "task": task.task, "steps": str(steps), "guidance": f"{task.guidance:g}",
-            "image_guidance": f"{task.image_guidance:g}", "shift": f"{task.shift:g}",
+            "image_guidance": f"{task.image_guidance:g}", "shift": f"{task.shift:g}", "step_cache": str(step_cache),
             "software": ", ".join(f"{name} {version(name)}" for name in ("vino_jax", "jax"))}
 
 
@@ -167,11 +169,13 @@ def generate(generator: Generator, packed: Sequence[PackedTask], flags: argparse
     start, steps = time.perf_counter(), flags.steps or defaults.steps
     starts = None if noise is None else [noise[task.index] for task in packed]
     try:
-        results = generator.sampler.generate_many(packed, steps=steps, posterior=flags.posterior, batch=flags.batch, noise=starts)
+        results = generator.sampler.generate_many(packed, steps=steps, posterior=flags.posterior, batch=flags.batch, noise=starts,
+                                                  step_cache=flags.step_cache)
     except (UserError, jax.errors.JaxRuntimeError) as error:
         for task in packed:
             report.failed(f"task {task.index}: {' '.join(str(error).split())}")
         return
+    report.cached(flags.step_cache, results[0].change)
     for task, result in zip(packed, results, strict=True):
         try:
             path = _write(task, result, flags, steps) if processes.is_first() else flags.output
@@ -195,7 +199,7 @@ def _packed(generator: Generator, tasks: Sequence[Task], flags: argparse.Namespa
 def _write(task: PackedTask, result: Result, flags: argparse.Namespace, steps: int) -> Path:
     if flags.save_latents:
         write_latents(flags.output / f"{task.index}.npz", result.latents)
-    return write_output(flags.output, task.index, result.pixels, metadata(task, steps))
+    return write_output(flags.output, task.index, result.pixels, metadata(task, steps, flags.step_cache))
 
 
 @dataclass
@@ -227,6 +231,10 @@ class Report:
         if self.counts["written"] and others > 0:
             left += f", {self._seconds / self.counts['written'] * others:.0f} s for the {others} tasks after it"
         self._say(f"    {names}: step {now.step} of {now.steps}{left}")
+
+    def cached(self, every: int, change: float) -> None:
+        if every > 1:
+            self._say(f"    step cache: what the blocks add changed by up to {change:.1%} in the {every} steps from one run of them to the next")
 
     def written(self, task: PackedTask, path: Path, seconds: float) -> None:
         self._seconds += seconds

@@ -103,6 +103,16 @@ def test_seeds_progress_and_the_contact_sheet(workdir, tmp_path, capsys):
     assert "a: kept" in told and "b: kept" in told and "b.png, made with another prompt and seed (--overwrite" in told
 
 
+def test_step_caching_is_told_and_stands_in_the_output(workdir, tmp_path, capsys):
+    (tmp_path / "tasks.json").write_text(json.dumps([{"index": "a", "task": "t2i", "caption": "a red circle"}]))
+    command = ("--checkpoint", workdir, "--tasks", tmp_path / "tasks.json", "--output", tmp_path / "out", "--steps", 4, "--step_cache", 2)
+    assert run(*command) == 0
+    (told,) = re.findall(r"what the blocks add changed by up to ([0-9.]+)% in the 2 steps", capsys.readouterr().out)
+    assert float(told) > 0
+    with Image.open(tmp_path / "out" / "a.png") as image:
+        assert image.text["step_cache"] == "2"
+
+
 def test_the_documented_script_runs(workdir):
     """docs/sampling.md: the same from Python; here with another checkpoint, and fewer steps."""
     (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "sampling.md").read_text(), re.DOTALL)
@@ -138,6 +148,7 @@ def test_image_guidance_without_an_image_to_leave_out_fails_its_task(workdir, tm
     (("--stepz", 3), "unrecognized arguments: --stepz 3"),
     (("--steps", "many"), "invalid int value: 'many'"),
     (("--steps", 0), "--steps 0 must be at least 1"),
+    (("--step_cache", 0), "--step_cache 0 must be at least 1"),
     (("--height", 50), "height 50 and width 48 must be multiples of 16"),
     (("--num_frames", 8), "num_frames 8 must be 4k+1"),
     (("--num_frames", 93), "num_frames 93 must be 4k+1 and at most 89"),

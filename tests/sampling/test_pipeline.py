@@ -105,7 +105,8 @@ def test_the_posteriors_mode_has_no_noise(sampler):
     mode = [sampler.generate(task, steps=1, posterior="mode", noise=noise).latents for task in (one, other)]
     sample = [sampler.generate(task, steps=1, posterior="sample", noise=noise).latents for task in (one, other)]
     assert np.array_equal(*mode) and np.abs(sample[0] - sample[1]).max() > 1e-5
-    for bad, match in (({"posterior": "median"}, "posterior 'median' is unknown"), ({"steps": 0}, "at least 1 step")):
+    for bad, match in (({"posterior": "median"}, "posterior 'median' is unknown"), ({"steps": 0}, "at least 1 step"),
+                       ({"step_cache": 0}, "step_cache 0 must be")):
         with pytest.raises(UserError, match=match):
             sampler.generate(one, **{"steps": 1, **bad})
 
@@ -132,6 +133,22 @@ def test_a_mesh_gives_the_same_result(sizes, vino, params, sampler):
     assert np.abs(spread.latents - alone.latents).max() < SAMPLE_MESH_ABS * max(1.0, np.abs(alone.latents).max())
     assert np.abs(spread.pixels.astype(int) - alone.pixels).max() <= 1
     assert (spread.pixels != alone.pixels).mean() < 0.01  # where a value lies at the edge of a grey level
+
+
+def test_step_caching_is_the_same_in_stretches_and_on_a_mesh(vino, params, sampler, monkeypatch):
+    """It is off the result without by more than rounding, and by less than the change that it tells."""
+    task, told = packed(EDIT, 15), []
+    full, cached = (sampler.generate(task, steps=12, step_cache=every) for every in (1, 2))
+    assert 1e-4 < np.linalg.norm(cached.latents - full.latents) / np.linalg.norm(full.latents) < cached.change and full.change == 0
+    monkeypatch.setattr(sampler, "_tell", told.append)
+    stretches = sampler.generate(task, steps=12, step_cache=2)
+    assert [now.step for now in told] == [0, 4, 8]  # the blocks run at the start of each stretch, and once more
+    mesh, rules = make_mesh({"fsdp": 2, "seq": 2}, jax.devices()[:4]), preset(SHARDING)
+    placed = jax.device_put(params, shardings(vino.abstract, vino.axes, mesh, rules))
+    spread = Sampler(vino, placed, mesh=mesh, rules=rules).generate(task, steps=12, step_cache=2)
+    for other in (stretches, spread):
+        assert np.abs(other.latents - cached.latents).max() < SAMPLE_MESH_ABS * max(1.0, np.abs(cached.latents).max())
+        assert 0 < other.change <= cached.change * 1.001
 
 
 def test_branches_give_the_same_in_passes_of_their_own(sampler, monkeypatch):

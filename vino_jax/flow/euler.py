@@ -25,7 +25,10 @@ def integrate(velocity: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Arra
     first, last: may be traced, so that one program takes any part of the way.
     """
 
-    def step(i, x):
-        return x - per_row(times[i] - times[i + 1], x.ndim) * velocity(x, times[i]).astype(jnp.float32)
+    last = len(times) - 1 if last is None else last
+    return jax.lax.fori_loop(first, last, lambda i, x: step(x, velocity(x, times[i]), times, i), x.astype(jnp.float32))
 
-    return jax.lax.fori_loop(first, len(times) - 1 if last is None else last, step, x.astype(jnp.float32))
+
+def step(x: jax.Array, velocity: jax.Array, times: jax.Array, i: int | jax.Array) -> jax.Array:
+    """x (B, ...) at t_i -> x at t_{i+1}, float32."""
+    return x - per_row(times[i] - times[i + 1], x.ndim) * velocity.astype(jnp.float32)

@@ -7,6 +7,8 @@ Visual tokens lie as [target ; references]: RoPE carries their order, so what le
 context follows, shard by shard where tokens lie on several (sharding/constrain.py: join). What a remat policy can save has a name
 (nn/stack.py). Parameter names of the published model stand in convert/tables/mmdit.py.
 """
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,6 +28,13 @@ _TIME_FEATURES = 256
 # Modulations and the output start near zero, so that fresh blocks are near the identity; not at zero, where a frozen MMDiT would
 # hide the context from whoever trains the connector alone.
 _SMALL = 0.1
+# (visual tokens, all blocks) -> what comes of the tokens: who calls the MMDiT may put something in the place of `run_blocks`
+Through = Callable[[jax.Array, Callable[[jax.Array], jax.Array]], jax.Array]
+
+
+def run_blocks(x_BVD: jax.Array, blocks: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    return blocks(x_BVD)
+
 
 
 def _parts(modulation: Linear, signal_BD: jax.Array, count: int) -> list[jax.Array]:
@@ -190,7 +199,8 @@ class MMDiT(nnx.Module):
         self.out = Linear(width, config.out_channels * pt * ph * pw, ("embed", None), gain=_SMALL, rngs=rngs)
 
     def __call__(self, latents_BFHWC: jax.Array, time_B: jax.Array, references: References, target_start_B: jax.Array,
-                 context_BLC: jax.Array, context_mask_BL: jax.Array, *, joint_mask_BL: jax.Array | None = None) -> jax.Array:
+                 context_BLC: jax.Array, context_mask_BL: jax.Array, *, joint_mask_BL: jax.Array | None = None,
+                 through: Through = run_blocks) -> jax.Array:
         """Velocity, float32, shaped as the noisy latents.
 
         latents: scaled VAE space, computed in the runtime's dtype whatever theirs is; time: flow time in [0, 1];
@@ -213,7 +223,8 @@ class MMDiT(nnx.Module):
         position_BV3 = jnp.concatenate([target_positions(*grid, target_start_B), references.position_BR3], axis=1)
         rope = self._rope(position_BV3, context_BLD.shape[1])
         valid_BV = jnp.concatenate([jnp.ones(tokens_BSP.shape[:2], jnp.bool_), references.role_BR != ROLE_PAD], axis=1)
-        x_BVD = self._blocks(x_BVD, context_BLD, signal_BD, rope, join(valid_BV, joint_mask_BL))
+        valid_BS = join(valid_BV, joint_mask_BL)
+        x_BVD = through(x_BVD, lambda x: self._blocks(x, context_BLD, signal_BD, rope, valid_BS))
         scale, shift = _parts(self.modulation_out, signal_BD, 2)
         x_BVD = _modulate(self.norm_out(x_BVD), shift, scale)
         # cut after the product: where tokens lie on several shards, 64 values each travel, not the model's width

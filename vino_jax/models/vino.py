@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from vino_jax.batch import Batch
 from vino_jax.models.connector import Connector, Queries
 from vino_jax.models.context import patchify, select_references
-from vino_jax.models.mmdit import MMDiT
+from vino_jax.models.mmdit import MMDiT, Through, run_blocks
 from vino_jax.models.qwen_vl import QwenVL
 from vino_jax.models.vae import VAE
 from vino_jax.models.vae_tiling import Tiling, decode_tiled, encode_tiled
@@ -141,14 +141,15 @@ class Vino:
         return Conditioning(context, mask, markers)
 
     def velocity(self, params: Params, latents_BFHWC: jax.Array, time_B: jax.Array, pool_BKP: jax.Array | None, batch: Batch,
-                 conditioning: Conditioning) -> jax.Array:
+                 conditioning: Conditioning, through: Through = run_blocks) -> jax.Array:
         """The MMDiT's velocity (noise - data), float32, shaped as the scaled, noisy latents; time in [0, 1]."""
         dtype = self.runtime.compute_dtype
         if pool_BKP is None:
             pool_BKP = jnp.zeros((latents_BFHWC.shape[0], 0, self._token_values), jnp.float32)
         references = select_references(pool_BKP.astype(dtype), conditioning.markers_BLD, batch)
         mmdit = QUANTIZERS[self.runtime.quantize](self.parts["mmdit"](params["mmdit"]))
-        return mmdit(latents_BFHWC.astype(dtype), time_B, references, batch.target_start, conditioning.context_BLC, conditioning.context_mask_BL)
+        return mmdit(latents_BFHWC.astype(dtype), time_B, references, batch.target_start, conditioning.context_BLC, conditioning.context_mask_BL,
+                     through=through)
 
     @property
     def _token_values(self) -> int:

@@ -22,9 +22,11 @@ from vino_jax.errors import UserError
 from vino_jax.flow.euler import integrate, schedule
 from vino_jax.flow.guidance import guide
 from vino_jax.models.context import patchify
+from vino_jax.models.mmdit import run_blocks
 from vino_jax.models.vino import Conditioning, Vino
 from vino_jax.nn.runtime import COMPILER_OPTIONS
 from vino_jax.sampling.passes import Passes, choose
+from vino_jax.sampling.step_cache import integrate_cached
 from vino_jax.sharding.constrain import active_platform, shards, use_sharding
 
 POSTERIORS = ("sample", "mode")
@@ -42,6 +44,7 @@ class Result:
     index: str
     latents: np.ndarray  # (1, f, h, w, C) float32, scaled
     pixels: np.ndarray  # (F, H, W, 3) uint8; F = 1 is a picture
+    change: float = 0.0  # with step caching (step_cache.py: integrate_cached); of the tasks side by side
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Sampler:
             jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(active_platform()))
         self._encode = jit(self._encode_rows)
         self._condition = jit(vino.condition)
-        self._denoise = jit(self._denoise_rows, static_argnames=("steps", "passes"), **whole)
+        self._denoise = jit(self._denoise_rows, static_argnames=("steps", "passes", "every"), **whole)
         self._decode = jit(vino.decode, **whole)
 
     @property
@@ -83,16 +86,18 @@ class Sampler:
         self._params = params
         self._conditioned: OrderedDict[bytes, Conditioning] = OrderedDict()  # of these parameters alone
 
-    def generate(self, task: PackedTask, *, steps: int, posterior: str = "sample", noise: np.ndarray | None = None) -> Result:
+    def generate(self, task: PackedTask, *, steps: int, posterior: str = "sample", noise: np.ndarray | None = None,
+                 step_cache: int = 1) -> Result:
         """One task in `steps` Euler steps.
 
         posterior: reference latents are a "sample" of the VAE's posterior, or its "mode". noise: (1, f, h, w, C) to start from instead
-        of normal noise of key(task.seed). Raises UserError for an unknown posterior, no steps, or noise of another shape.
+        of normal noise of key(task.seed). step_cache: the MMDiT's blocks run in every so many steps (step_cache.py); 1: in all.
+        Raises UserError for an unknown posterior, no steps, or noise of another shape.
         """
-        return self.generate_many([task], steps=steps, posterior=posterior, noise=None if noise is None else [noise])[0]
+        return self.generate_many([task], steps=steps, posterior=posterior, noise=None if noise is None else [noise], step_cache=step_cache)[0]
 
     def generate_many(self, tasks: Sequence[PackedTask], *, steps: int, posterior: str = "sample", batch: int = 8,
-                      noise: Sequence[np.ndarray | None] | None = None) -> list[Result]:
+                      noise: Sequence[np.ndarray | None] | None = None, step_cache: int = 1) -> list[Result]:
         """The same for many tasks, those of equal shapes together, up to `batch` at a time; results in the order of `tasks`.
 
         A task's result does not depend on its neighbours: noise and posterior samples come from its own seed.
@@ -101,6 +106,8 @@ class Sampler:
             raise UserError(f"posterior {posterior!r} is unknown; choose one of {', '.join(POSTERIORS)}")
         if steps < 1:
             raise UserError(f"sampling takes at least 1 step, not {steps}")
+        if step_cache < 1:
+            raise UserError(f"step_cache {step_cache} must be at least 1")
         starts = [self._noise(task, given) for task, given in zip(tasks, noise or [None] * len(tasks), strict=True)]
         groups: dict[tuple, list[int]] = {}
         for i, task in enumerate(tasks):
@@ -111,9 +118,10 @@ class Sampler:
                 rows = members[first:first + batch]
                 # The last ones are filled up with their last row, so that they need no program of their own.
                 filled = rows + [rows[-1]] * (min(batch, len(members)) - len(rows))
-                latents, pixels = self._run([tasks[i] for i in filled], np.concatenate([starts[i] for i in filled]), steps, posterior)
+                latents, pixels, change = self._run([tasks[i] for i in filled], np.concatenate([starts[i] for i in filled]), steps, posterior,
+                                                    step_cache)
                 for row, i in enumerate(rows):
-                    results[i] = Result(tasks[i].index, latents[row:row + 1], pixels[row])
+                    results[i] = Result(tasks[i].index, latents[row:row + 1], pixels[row], change)
         return [results[i] for i in range(len(tasks))]
 
     def passes(self, tasks: Sequence[PackedTask]) -> Passes:
@@ -137,7 +145,8 @@ class Sampler:
             pool = jax.eval_shape(_joined, tokens) if tokens else None
             latents, one = jax.ShapeDtypeStruct(self._latent_shape(task), jnp.float32), np.ones(1, np.float32)
             rows = self._rows([task], passes, [conditionings])
-            yield "denoise", self._denoise.lower(self.params, latents, pool, rows, one, one, one, 0, steps, steps=steps, passes=passes)
+            yield "denoise", self._denoise.lower(self.params, latents, pool, rows, one, one, one, 0, steps, steps=steps, passes=passes,
+                                                 every=1)
             yield "decode", self._decode.lower(self.params, latents)
 
     def _active(self) -> contextlib.AbstractContextManager:
@@ -156,22 +165,27 @@ class Sampler:
             raise UserError(f"task {task.index}: the initial noise has the shape {given.shape} (1, f, h, w, C), the task needs {shape}")
         return np.asarray(given, np.float32)
 
-    def _run(self, tasks: list[PackedTask], noise: np.ndarray, steps: int, posterior: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tasks of equal shapes side by side: latents (B, f, h, w, C) and pixels (B, F, H, W, 3)."""
-        passes, latents = self.passes(tasks), noise
+    def _run(self, tasks: list[PackedTask], noise: np.ndarray, steps: int, posterior: str,
+             every: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """Tasks of equal shapes side by side: latents (B, f, h, w, C), pixels (B, F, H, W, 3), and the change of step_cache.py."""
+        passes, latents, changes = self.passes(tasks), noise, []
         numbers = [np.asarray([getattr(task, name) for task in tasks], np.float32) for name in ("shift", "guidance", "image_guidance")]
         with self._active():
             pool = self._pool(tasks, posterior)
             rows = self._rows(tasks, passes, [[self._conditioning(branch) for branch in task.branches] for task in tasks])
-            # one program for every stretch of the loop; only who tells of progress takes several
+            # One program for every stretch of the loop; only who tells of progress takes several. With step caching the blocks run at the
+            # start of each, and once more, so that their change is known.
             size = steps if self._tell is None else max(1, steps // _TELLS)
+            size = size if every == 1 else -(-size // (2 * every)) * 2 * every
             for first in range(0, steps, size):
                 if self._tell is not None:
                     jax.block_until_ready(latents)
                     self._tell(Progress(tuple(task.index for task in tasks), passes, first, steps))
-                latents = self._denoise(self.params, latents, pool, rows, *numbers, first, min(first + size, steps), steps=steps, passes=passes)
+                latents, change = self._denoise(self.params, latents, pool, rows, *numbers, first, min(first + size, steps), steps=steps,
+                                                passes=passes, every=every)
+                changes.append(change)
             pixels = self._decode(self.params, latents)
-        return np.asarray(latents), np.asarray(pixels)
+        return np.asarray(latents), np.asarray(pixels), max(map(float, changes))
 
     def _pool(self, tasks: list[PackedTask], posterior: str) -> jax.Array | None:
         """Latent tokens (B, K, P) of all references in pool order; None without references."""
@@ -211,8 +225,8 @@ class Sampler:
 
     def _denoise_rows(self, params: Any, latents_BfhwC: jax.Array, pool_BKP: jax.Array | None, rows: list[list[tuple[Batch, Conditioning]]],
                       shift_B: jax.Array, text_B: jax.Array, image_B: jax.Array, first: jax.Array, last: jax.Array, *, steps: int,
-                      passes: Passes) -> jax.Array:
-        """Scaled latents (B, f, h, w, C) after the steps first <= i < last of `steps`."""
+                      passes: Passes, every: int) -> tuple[jax.Array, jax.Array]:
+        """Scaled latents (B, f, h, w, C) after the steps first <= i < last of `steps`, and the change of step_cache.py, 0 at every = 1."""
         count = len(latents_BfhwC)
         joined = [_joined_rows(own) for own in rows]
 
@@ -221,14 +235,18 @@ class Sampler:
 
         pools = [None if pool_BKP is None else spread(pool_BKP, i) for i in range(len(passes))]
 
-        def velocity(x, time_B):
+        def velocity(x, time_B, through):
             of_branch = {}
             for i, members in enumerate(passes):
-                v = self.vino.velocity(params, spread(x, i), spread(time_B, i), pools[i], *joined[i])
+                v = self.vino.velocity(params, spread(x, i), spread(time_B, i), pools[i], *joined[i], through=through[i])
                 of_branch |= zip(members, v[:len(members) * count].reshape(len(members), *x.shape))
             return guide(jnp.stack([of_branch[g] for g in sorted(of_branch)]), text_B, image_B)
 
-        return integrate(velocity, latents_BfhwC, schedule(steps, shift_B), first, last)
+        times = schedule(steps, shift_B)
+        if every == 1:
+            plain = [run_blocks] * len(passes)
+            return integrate(lambda x, time_B: velocity(x, time_B, plain), latents_BfhwC, times, first, last), jnp.float32(0)
+        return integrate_cached(velocity, len(passes), every, latents_BfhwC, times, first, last)
 
 
 def shapes(task: PackedTask) -> tuple:
