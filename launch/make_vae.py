@@ -31,7 +31,7 @@ from vino_jax.convert.ops import PATCH
 from vino_jax.convert.tables.vae import table
 from vino_jax.models.vae import VAE
 from vino_jax.nn.module import Definition, Params
-from vino_jax.nn.runtime import COMPILER_OPTIONS, Runtime
+from vino_jax.nn.runtime import Runtime, compiler_options
 from vino_jax.settings import VAEConfig
 
 SIZES = VAEConfig(block_widths=(16, 24, 32, 40), layers_per_block=1, norm_groups=2, scaling_factor=1.0)
@@ -123,7 +123,7 @@ OPTIMIZER = optax.contrib.muon(1.0, beta=0.9, adam_b2=0.99, adam_learning_rate=0
 @functools.cache
 def compiled(function: Callable, donate: tuple[int, ...] = ()) -> Callable:
     """Under jit, at the first call: only then is the platform known."""
-    return jax.jit(function, donate_argnums=donate, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
+    return jax.jit(function, donate_argnums=donate, compiler_options=compiler_options())
 
 
 def train_step(params: Params, state: optax.OptState, pixels_BFHWC: jax.Array, key: jax.Array, rate: jax.Array):

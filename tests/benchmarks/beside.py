@@ -1,8 +1,8 @@
 """Ours beside the PyTorch reference: two processes that take turns, their seconds and their memory.
 
 Each side is a process of its own with as many threads as there are cores; both compile and run once before anything is measured. Memory
-is the largest resident size (VmHWM of Linux, set back after that first run, of which nothing freed is kept) during a call, less what the
-process held with its libraries imported and no weights loaded; in the table also without that deduction.
+is the largest resident size (VmHWM of Linux, set back after that first run, of which nothing freed is kept) during a call; in the table also
+less what the process held with its libraries imported and no weights loaded.
 
 A side is side(threads), which imports what it needs and gives load(pipe), which makes the model and gives its calls by kind. The
 reference sends its weights through the pipe, by name; ours receives them.

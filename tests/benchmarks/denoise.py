@@ -70,7 +70,7 @@ def ours(threads: int) -> beside.Load:
     from vino_jax.models.context import References
     from vino_jax.models.mmdit import MMDiT
     from vino_jax.nn.module import Definition
-    from vino_jax.nn.runtime import COMPILER_OPTIONS, Runtime
+    from vino_jax.nn.runtime import Runtime, compiler_options
     from vino_jax.settings import MMDiTConfig
 
     config = MMDiTConfig(heads=HEADS, double_blocks=DOUBLE, single_blocks=SINGLE)
@@ -81,7 +81,7 @@ def ours(threads: int) -> beside.Load:
         given = jax.device_put(inputs())
         none = References(jnp.zeros((2, 0, 64)), jnp.zeros((2, 0, config.width)), jnp.zeros((2, 0), jnp.int32), jnp.zeros((2, 0, 3), jnp.int32))
 
-        @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS["cpu"])
+        @functools.partial(jax.jit, compiler_options=compiler_options())
         def steps(params, latents, context):
             def velocity(x, time_B):
                 both = definition(params)(jnp.concatenate([x] * 2), jnp.repeat(time_B, 2), none, jnp.zeros(2, jnp.int32), context,

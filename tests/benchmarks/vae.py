@@ -56,7 +56,7 @@ def ours(threads: int) -> beside.Load:
     from vino_jax.models.vae import VAE
     from vino_jax.models.vae_tiling import Tiling, decode_tiled, encode_tiled
     from vino_jax.nn.module import Definition
-    from vino_jax.nn.runtime import COMPILER_OPTIONS, Runtime
+    from vino_jax.nn.runtime import Runtime, compiler_options
     from vino_jax.settings import VAEConfig
 
     config, tiling = VAEConfig(block_widths=WIDTHS), Tiling(side=None)
@@ -64,7 +64,7 @@ def ours(threads: int) -> beside.Load:
     def load(pipe: Connection) -> dict[str, Callable]:
         definition = Definition(lambda rngs: VAE(config, Runtime(), rngs=rngs))
         params = to_params(table(config), pipe.recv(), definition.abstract)
-        jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS["cpu"])
+        jit = functools.partial(jax.jit, compiler_options=compiler_options())
         calls = {"decode": jit(lambda p, z: decode_tiled(definition(p), z, tiling)),
                  "encode": jit(lambda p, x: encode_tiled(definition(p), x, tiling)[..., :LATENTS])}
         given = {kind: jax.device_put(x) for kind, x in inputs().items()}

@@ -5,16 +5,17 @@ import numpy as np
 import pytest
 
 from vino_jax.flow.euler import integrate, schedule
+from vino_jax.models.mmdit import run_blocks
 from vino_jax.sampling.step_cache import integrate_cached
 
 TIMES = np.asarray(schedule(7, jnp.ones(1)))
 START = np.linspace(0.5, 1.5, 6, dtype=np.float32).reshape(1, 6)
 
 
-def velocity(x, t_B, through=(lambda x, blocks: blocks(x),) * 2):
+def velocity(x, t_B, through=run_blocks):
     """Of two passes, whose blocks add what depends on time, on the tokens and on the pass."""
-    passes = [own(jnp.repeat(x[..., None], 3, axis=-1), lambda tokens, i=i: tokens + jnp.sin((i + 3) * t_B)[:, None, None] * tokens)
-              for i, own in enumerate(through)]
+    passes = [through(jnp.repeat(x[..., None], 3, axis=-1), lambda tokens, i=i: tokens + jnp.sin((i + 3) * t_B)[:, None, None] * tokens)
+              for i in range(2)]
     return 2.0 * passes[0].mean(axis=-1) - passes[1].mean(axis=-1)
 
 
@@ -33,19 +34,19 @@ def by_hand(every):
 
 @pytest.mark.parametrize("every", [2, 3, 7])
 def test_blocks_run_in_every_nth_step(every):
-    x, change = jax.jit(lambda x: integrate_cached(velocity, 2, every, x, jnp.asarray(TIMES), 0, 7))(START)
+    x, change = jax.jit(lambda x: integrate_cached(velocity, every, x, jnp.asarray(TIMES), 0, 7))(START)
     expected, largest = by_hand(every)
     np.testing.assert_allclose(x, expected, rtol=1e-5)
     assert float(change) == pytest.approx(largest, rel=1e-5)
 
 
 def test_in_every_step_it_is_the_loop_without():
-    x, _ = integrate_cached(velocity, 2, 1, jnp.asarray(START), jnp.asarray(TIMES), 0, 7)
+    x, _ = integrate_cached(velocity, 1, jnp.asarray(START), jnp.asarray(TIMES), 0, 7)
     np.testing.assert_allclose(x, integrate(velocity, jnp.asarray(START), jnp.asarray(TIMES)), rtol=1e-5)
 
 
 def test_blocks_do_not_run_where_they_are_not_asked():
-    program = jax.make_jaxpr(lambda x: integrate_cached(velocity, 2, 3, x, jnp.asarray(TIMES), 0, 7))(START)
+    program = jax.make_jaxpr(lambda x: integrate_cached(velocity, 3, x, jnp.asarray(TIMES), 0, 7))(START)
     (loop,) = (e for e in program.eqns if e.primitive.name in ("scan", "while"))
     inner = loop.params["jaxpr"] if "jaxpr" in loop.params else loop.params["body_jaxpr"]
     conditions = [e for e in inner.jaxpr.eqns if e.primitive.name == "cond"]

@@ -1,17 +1,19 @@
 """Switches of how a model is computed; none changes what it computes by more than rounding."""
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from vino_jax.errors import UserError
 from vino_jax.nn.attention import KERNELS
 from vino_jax.nn.quantize import QUANTIZERS
 from vino_jax.nn.stack import check_remat
 
-# Of XLA, by platform, for programs that hold a VAE or sample. On a CPU, by default (jax 0.10), convolutions go to YNNPACK, which takes 2 to 6
+# By platform. On a CPU, by default (jax 0.10), convolutions go to YNNPACK, which takes 2 to 6
 # times as long for them as XLA's own code; and operations are ordered by what could run side by side, of which products that fill all cores
 # gain nothing, but the MLP's first product lies in memory all through attention.
-COMPILER_OPTIONS = {"cpu": {
+_COMPILER_OPTIONS = {"cpu": {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 }}
@@ -40,3 +42,8 @@ class Runtime:
     @property
     def compute_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
+
+
+def compiler_options(mesh: Mesh | None = None) -> dict[str, str] | None:
+    """XLA's, as jax.jit takes them, for programs that hold a VAE or sample, on the mesh or on the default device."""
+    return _COMPILER_OPTIONS.get(jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)

@@ -24,10 +24,10 @@ from vino_jax.flow.guidance import guide
 from vino_jax.models.context import patchify
 from vino_jax.models.mmdit import run_blocks
 from vino_jax.models.vino import Conditioning, Vino
-from vino_jax.nn.runtime import COMPILER_OPTIONS
+from vino_jax.nn.runtime import compiler_options
 from vino_jax.sampling.passes import Passes, choose
 from vino_jax.sampling.step_cache import integrate_cached
-from vino_jax.sharding.constrain import active_platform, shards, use_sharding
+from vino_jax.sharding.constrain import shards, use_sharding
 
 POSTERIORS = ("sample", "mode")
 BRANCHES = ("positive", "negative", "negative without images")
@@ -70,8 +70,7 @@ class Sampler:
         self.vino, self.params = vino, params
         self._mesh, self._rules, self._tell = mesh, rules, tell
         whole = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
-        with self._active():
-            jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(active_platform()))
+        jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh))
         self._encode = jit(self._encode_rows)
         self._condition = jit(vino.condition)
         self._denoise = jit(self._denoise_rows, static_argnames=("steps", "passes", "every"), **whole)
@@ -235,18 +234,17 @@ class Sampler:
 
         pools = [None if pool_BKP is None else spread(pool_BKP, i) for i in range(len(passes))]
 
-        def velocity(x, time_B, through):
+        def velocity(x, time_B, through=run_blocks):
             of_branch = {}
             for i, members in enumerate(passes):
-                v = self.vino.velocity(params, spread(x, i), spread(time_B, i), pools[i], *joined[i], through=through[i])
+                v = self.vino.velocity(params, spread(x, i), spread(time_B, i), pools[i], *joined[i], through=through)
                 of_branch |= zip(members, v[:len(members) * count].reshape(len(members), *x.shape))
             return guide(jnp.stack([of_branch[g] for g in sorted(of_branch)]), text_B, image_B)
 
         times = schedule(steps, shift_B)
         if every == 1:
-            plain = [run_blocks] * len(passes)
-            return integrate(lambda x, time_B: velocity(x, time_B, plain), latents_BfhwC, times, first, last), jnp.float32(0)
-        return integrate_cached(velocity, len(passes), every, latents_BfhwC, times, first, last)
+            return integrate(velocity, latents_BfhwC, times, first, last), jnp.float32(0)
+        return integrate_cached(velocity, every, latents_BfhwC, times, first, last)
 
 
 def shapes(task: PackedTask) -> tuple:

@@ -3,10 +3,11 @@ all blocks at once). Embedders, refiner and output layers run in every step, and
 
 Dims: B rows, V visual tokens, D width.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from vino_jax.flow import euler
 from vino_jax.models.mmdit import Through
@@ -15,11 +16,11 @@ from vino_jax.sharding.constrain import constrain
 Added = list[jax.Array]  # what the blocks added to the visual tokens (B, V, D), of every pass of a step
 
 
-def integrate_cached(velocity: Callable[[jax.Array, jax.Array, Sequence[Through]], jax.Array], passes: int, every: int, x: jax.Array,
-                     times: jax.Array, first: int | jax.Array, last: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+def integrate_cached(velocity: Callable[[jax.Array, jax.Array, Through], jax.Array], every: int, x: jax.Array, times: jax.Array,
+                     first: int | jax.Array, last: int | jax.Array) -> tuple[jax.Array, jax.Array]:
     """flow/euler.py: integrate, whose blocks run in the steps that `every` divides; first must be one of them.
 
-    velocity: (x (B, ...), t (B,), what each of its `passes` hands to the MMDiT as `through`) -> (B, ...).
+    velocity: (x (B, ...), t (B,), what each of its passes hands to the MMDiT as `through`, in the same order in every step) -> (B, ...).
     Returns x and the largest change of what blocks added from one step that ran them to the next, relative to what they added: float32, 0
     where they ran once.
     """
@@ -35,7 +36,7 @@ def integrate_cached(velocity: Callable[[jax.Array, jax.Array, Sequence[Through]
             added.append(own)
             return x_BVD + own
 
-        return velocity(x, times[i], [through] * passes), added
+        return velocity(x, times[i], through), added
 
     def step(i, carry):
         x, kept, change = carry
@@ -52,7 +53,5 @@ def integrate_cached(velocity: Callable[[jax.Array, jax.Array, Sequence[Through]
 
 
 def _change(before: jax.Array, now: jax.Array) -> jax.Array:
-    def norm(x):
-        return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32))))
-
-    return norm(now - before) / jnp.maximum(norm(now), 1e-12)
+    before, now = before.astype(jnp.float32), now.astype(jnp.float32)
+    return optax.global_norm(now - before) / jnp.maximum(optax.global_norm(now), 1e-12)

@@ -17,7 +17,7 @@ from vino_jax.checkpoint.run import RunCheckpoints
 from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
 from vino_jax.nn.module import Params
-from vino_jax.nn.runtime import COMPILER_OPTIONS
+from vino_jax.nn.runtime import compiler_options
 from vino_jax.sharding.constrain import use_sharding
 from vino_jax.sharding.resolve import batch_shardings, data_shards, shardings
 from vino_jax.sharding.rules import for_rows
@@ -83,7 +83,7 @@ class StagePlan:
 
 
 def _encoder(vino: Vino, mesh: Mesh, rules: dict) -> jax.stages.Wrapped:
-    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform))
+    @functools.partial(jax.jit, compiler_options=compiler_options(mesh))
     def encode(vae, batch):
         encoded = encode_batch(vino, vae, batch)
         clips = {name: getattr(encoded, name) for name in ("target", "images", "video")}
