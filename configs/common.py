@@ -52,13 +52,13 @@ def config(**entries) -> ml_collections.ConfigDict:
         "init": {"checkpoint": "", "vino": "", "mmdit": "", "vae": "", "vlm": "", "require": ("vae", "vlm", "mmdit")},
         "runtime": {"dtype": "bfloat16", "remat": "full", "attention": "auto", "quantize": ""},
         "mesh": {"preset": "fsdp", "data": 1, "fsdp": -1, "seq": 1, "tensor": 1},
-        "data": {"source": "shapes", "manifest": "", "root": ".", "bad_items": "stop",
+        "data": {"source": "shapes", "manifest": "", "held_out": "", "root": ".", "bad_items": "stop",
                  "clips": {"windows": "head", "count": 1, "stride": 0, "compat": "reference"},
                  "precomputed": "", "processor": "", "shift_image": 5.0, "shift_video": 7.0, "threads": 1, "workers": 0, "prefetch": 8},
         "buckets": {},
         "stages": {},
         "log": {"every": 10, "checkpoint_every": 100, "keep": 2, "preview_every": 0, "preview_count": 4, "preview_sampling_steps": 20,
-                "preview_guidance": 3.0, "hang_minutes": 0.0, "compile_cache": "", "profile_port": 0},
+                "preview_guidance": 3.0, "evaluate_every": 0, "evaluate_rows": 8, "hang_minutes": 0.0, "compile_cache": "", "profile_port": 0},
         "sampling": {},
     }
     for name, value in entries.items():

@@ -49,6 +49,19 @@ def clip_options(config: RunConfig) -> Clips:
     return build(Clips, config.data.clips, "data.clips.")
 
 
+def held_out_source(config: RunConfig, buckets: Sequence[BucketSpec], tasks: Sequence[str], prompter: Prompter) -> Source:
+    """Samples that training does not draw: of an endless source its own, else those of the manifest config.data.held_out.
+
+    Raises UserError where there is none, and for items that are wrong.
+    """
+    if config.data.source in UNSEEN:
+        return UNSEEN[config.data.source](config)
+    if not config.data.held_out:
+        raise UserError(f"data.source {config.data.source!r} has no samples that training does not draw: name a manifest of some in "
+                        "config.data.held_out")
+    return MediaSource(config.data.held_out, config.data.root, buckets, prompter, tasks, clip_options(config), Problems())
+
+
 def check_data(config: RunConfig) -> None:
     """Raises UserError for data settings that no run can have."""
     data = config.data
@@ -58,6 +71,8 @@ def check_data(config: RunConfig) -> None:
     clip_options(config)
     if data.precomputed:
         check_ends(config)
+    if config.log.evaluate_every and data.source not in UNSEEN and not data.held_out:
+        raise UserError(f"log.evaluate_every is {config.log.evaluate_every}, and data.held_out names no manifest of items to measure on")
 
 
 def check_ends(config: RunConfig) -> None:

@@ -2,8 +2,8 @@
 
     python -m launch.train --config configs/shapes.py --workdir DIR [--config.KEY=VALUE ...] [--quiet]
 
-The workdir gets config.json, init/ (imported parts), checkpoints/<stage>/, metrics.jsonl, tensorboard/, previews/ and, at the end,
-model/: a model checkpoint (averaged weights where the last stage keeps an average) that launch.sample and launch.evaluate read.
+The workdir gets config.json, init/ (imported parts), checkpoints/<stage>/, metrics.jsonl, held_out.jsonl, tensorboard/, previews/ and, at
+the end, model/: a model checkpoint (averaged weights where the last stage keeps an average) that launch.sample and launch.evaluate read.
 A workdir belongs to its config (vino_jax/train/workdir.py says what may change); with more steps of the last stage it goes on, and
 model/ is written anew.
 """
@@ -24,6 +24,7 @@ from launch import cli
 from launch.config import parse
 from launch.convert import import_parts
 from launch.data import StageData, check_data, check_order, precomputed_source, problems_file, write_unplaced
+from launch.held_out import HeldOutLoss, record
 from launch.previews import Previews
 from vino_jax import processes
 from vino_jax.checkpoint import model as model_checkpoint
@@ -38,11 +39,11 @@ from vino_jax.sharding.mesh import make_mesh
 from vino_jax.sharding.resolve import data_shards, describe
 from vino_jax.sharding.rules import preset
 from vino_jax.train import compile_cache
-from vino_jax.train.config import RunConfig, run_config
+from vino_jax.train.config import LogConfig, RunConfig, run_config
 from vino_jax.train.goodput import Goodput, process_start
 from vino_jax.train.initial import finished_params, held_paths, initial_params, param_structs, resolve_model, trained_parts, training_model
 from vino_jax.train.logging import MetricWriter, NoWriter
-from vino_jax.train.loop import StagePlan, check_batches, make_encoder, run_stage
+from vino_jax.train.loop import Hook, StagePlan, check_batches, make_encoder, run_stage
 from vino_jax.train.workdir import checkpoints_folder, claim, initial_folder, steps_done
 
 
@@ -139,17 +140,31 @@ def run_stages(config: RunConfig, vino: Vino, directory: pathlib.Path, datas: di
         params = initial_params(vino, directory, stages, mesh, rules, config.seed, config.init.require, skip=held)
         params = finished_params(params, structs, held, {stage.name: checkpoints[stage.name] for stage in begun[:-1]})
         encode, total, average = make_encoder(vino, mesh, rules), sum(stage.steps for stage in begun[:-1]), None
+        held_out = HeldOutLoss(config, vino, next(iter(datas.values())).prompter, mesh, rules, encode)
         for stage in stages[max(len(begun) - 1, 0):]:
             data = datas[stage.name]
             plan = StagePlan(vino, stage, data.buckets, mesh, rules, config.seed + total, encode)
-            preview = previews.of(data.preview_tasks()) if config.log.preview_every else None
+            hooks = stage_hooks(config.log, data, previews, held_out, writer)
             average = None  # that of the stage before would lie in memory for the whole of this one
             shards, shard_count = data_shards(mesh, rules)
             loader = functools.partial(data.loader, shards=shards, shard_count=shard_count)
-            params, average = run_stage(plan, params, loader, checkpoints[stage.name], writer, config.log, preview=preview, quiet=quiet,
+            params, average = run_stage(plan, params, loader, checkpoints[stage.name], writer, config.log, hooks=hooks, quiet=quiet,
                                         say=say, goodput=goodput)
             total += stage.steps
     return average
+
+
+def stage_hooks(log: LogConfig, data: StageData, previews: Previews, held_out: HeldOutLoss, writer: MetricWriter) -> list[Hook]:
+    """What a stage does at the cadences that are not 0: previews, and the held-out loss of its tasks in its buckets."""
+    hooks = []
+    if log.preview_every:
+        hooks.append(Hook("preview", log.preview_every, previews.of(data.preview_tasks())))
+    if log.evaluate_every:
+        tasks = [task for task, weight in data.stage.tasks.items() if weight]
+        measure = held_out.of(tasks, data.stage.buckets, log.evaluate_rows)
+        hooks.append(Hook("evaluate", log.evaluate_every, lambda params, stage, step: writer.write(
+            stage, step, record(measure(params)), file="held_out")))
+    return hooks
 
 
 def write_model(final: pathlib.Path, params: Params, vino: Vino, config: RunConfig, directory: pathlib.Path,

@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 def run(folder, output, *extra: object):
     evaluate.main([str(a) for a in ("--checkpoint", folder / "full", "--config", folder / "config.py", "--output", output, "--prompts", 3,
-                                    "--edits", 3, "--clips", 2, "--batch", 2, "--show", 1, *extra)])
+                                    "--loss_rows", 3, "--edits", 3, "--clips", 2, "--batch", 2, "--show", 1, *extra)])
     return json.loads((output / "scores.json").read_text())["checkpoints"]
 
 
@@ -82,7 +82,7 @@ def test_scores_samples_and_what_is_kept(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("extra, words", [
     (("--against", "base"), "must be NAME=DIR"), (("--against", "trained=x"), "is --checkpoint's"),
-    (("--tasks", "ti2vi"), "unknown task 'ti2vi', did you mean 'ti2v'"), (("--steps", "0"), "--steps 0 must be at least 1"),
+    (("--tasks", "ti2vi"), "--tasks: unknown name 'ti2vi', did you mean 'ti2v'"), (("--steps", "0"), "--steps 0 must be at least 1"),
     (("--against", "other=nowhere"), "nowhere is no model checkpoint"),
 ])
 def test_wrong_flags(folder, tmp_path, extra, words):

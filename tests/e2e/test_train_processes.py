@@ -33,7 +33,7 @@ def get_config():
         mesh={{"data": 2, "fsdp": 4}}, buckets={{"picture": bucket(8, 1, 32, 32, 72)}},
         stages={{"stage1": dict(learning_rate=1e-3, steps={steps}, rules=common.RULES["stage1"], ema=0.9, tasks={{"t2i": 1.0}},
                                 texts={{"long": 1.0}}, buckets=("picture",))}},
-        log={{"every": 1, "checkpoint_every": 0, "preview_count": 1, "preview_sampling_steps": 1}})
+        log={{"every": 1, "checkpoint_every": 0, "preview_count": 1, "preview_sampling_steps": 1, "evaluate_rows": 3}})
 '''
 
 
@@ -54,8 +54,8 @@ def start(files, workdir, count, *flags):
     return processes.start(["launch.train", "--config", files / "config.py", "--workdir", workdir, cache, *flags], count, DEVICES)
 
 
-def losses(workdir):
-    path = workdir / "metrics.jsonl"
+def losses(workdir, file="metrics"):
+    path = workdir / f"{file}.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return {(r["stage"], r["step"]): r["loss"] for r in map(json.loads, lines)}
 
@@ -72,20 +72,21 @@ def asked_to_stop(running, workdir, step):
 
 @pytest.fixture(scope="module")
 def one(files, tmp_path_factory):
-    """A run of one process, never stopped."""
+    """A run of one process, never stopped, with the held-out loss."""
     workdir = tmp_path_factory.mktemp("one")
-    codes, said = ended(start(files, workdir, 1))
+    codes, said = ended(start(files, workdir, 1, "--config.log.evaluate_every=4"))
     assert codes == [0], said
     return workdir
 
 
 @pytest.fixture(scope="module")
 def two(files, tmp_path_factory):
-    """A run of two processes, never stopped, that imports its parts, with previews."""
+    """A run of two processes, never stopped, that imports its parts, with previews and the held-out loss."""
     workdir = tmp_path_factory.mktemp("two")
     parts = {"vino": "vino", "mmdit": "transformer", "vae": "vae", "vlm": "vlm"}
     flags = [f"--config.init.{name}={files / 'parts' / folder}" for name, folder in parts.items()]
-    codes, said = ended(start(files, workdir, 2, "--config.log.preview_every=100", "--config.init.checkpoint=", *flags))
+    flags += ["--config.log.preview_every=100", "--config.log.evaluate_every=4"]
+    codes, said = ended(start(files, workdir, 2, "--config.init.checkpoint=", *flags))
     assert codes == [0, 0], said
     return workdir
 
@@ -104,6 +105,13 @@ def test_two_processes_have_the_losses_of_one(one, two):
     assert ours.keys() == theirs.keys() and len(ours) == STEPS
     worst = max(abs(ours[key] - theirs[key]) for key in ours)
     assert worst < tolerances.MESH_LOSS_ABS, worst
+
+
+def test_two_processes_have_the_held_out_loss_of_one(one, two):
+    ours, theirs = losses(two, "held_out"), losses(one, "held_out")
+    assert list(ours) == list(theirs) == [("stage1", step) for step in (0, 4, STEPS)]
+    assert max(abs(ours[key] - theirs[key]) for key in ours) < tolerances.MESH_LOSS_ABS
+    assert len(set(ours.values())) == 3  # training changes it
 
 
 def test_two_processes_write_one_workdir(two, one):

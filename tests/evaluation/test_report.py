@@ -5,9 +5,12 @@ import re
 import numpy as np
 import pytest
 
+from launch import report
 from vino_jax.errors import UserError
 from vino_jax.evaluation import chart
+from vino_jax.evaluation.held_out import summary
 from vino_jax.evaluation.report import ahead, ends, reading, stage_reading, write_report
+from vino_jax.evaluation.report_loss import loss_reading, paired
 from vino_jax.sampling.video import write_output
 
 
@@ -17,8 +20,8 @@ def rate(mean, count=100, chance=0.125):
 
 def scores():
     def tasks(colour, followed):
-        return {"t2i": {"count": 100, "seconds": 1.0, "attributes": {"colour": rate(colour), "shape": rate(0.17, chance=1 / 6)}},
-                "tv2v": {"count": 40, "seconds": 1.0, "attributes": {
+        return {"t2i": {"count": 100, "attributes": {"colour": rate(colour), "shape": rate(0.17, chance=1 / 6)}},
+                "tv2v": {"count": 40, "attributes": {
                     "followed": rate(followed, 40, 0.2), "preserved": {"mean": 21.5, "count": 40, "chance": None},
                     "steadiness": {"mean": 0.98, "count": 40, "chance": None}}}}
 
@@ -48,7 +51,8 @@ def run(tmp_path):
         pixels = rng.integers(0, 256, (frames, 32, 32, 3), np.uint8)
         places = [evaluation / kind / task for kind in ("ideal", "references", *(f"outputs/{n}" for n in scores()["checkpoints"]))]
         files = [str(write_output(place, "000", pixels, {}).relative_to(evaluation)) for place in places]
-        samples[task] = [{"index": "000", "prompt": f"a <{task}> prompt", "references": files[1:2], "ideal": files[0]}]
+        entry = {"index": "000", "prompt": f"a <{task}> prompt", "references": files[1:2], "ideal": files[0]}
+        samples[task] = [entry, {**entry, "worst": ["colour", "shape"]}] if task == "t2i" else [entry]
     (evaluation / "samples.json").write_text(json.dumps(samples))
     return tmp_path
 
@@ -62,7 +66,8 @@ def write(run, **changes):
 def test_one_file_without_network_with_everything_in_it(run):
     page = write(run).read_text()
     assert not re.search(r'(src|href)="(?!data:)|https?://|<script', page)
-    assert page.count("data:image/png;base64,") == 5 and page.count("data:image/webp;base64,") == 5  # ideal, reference, three outputs
+    assert page.count("data:image/png;base64,") == 10 and page.count("data:image/webp;base64,") == 5  # ideal, reference, three outputs
+    assert page.index("Worst cases") < page.index("wrong: colour, shape") < page.index("Contact sheets")
     assert "A &amp; B" in page and "a &lt;t2i&gt; prompt" in page and page.count("<svg") == 3  # the whole run, two stages
     assert "data 2, fsdp 2" in page and "21.5 dB" in page and "4.0 ×" in page and len(page) < 3e6
     assert "30 s without compiling, 3.0 % of them waiting for data" in page
@@ -102,6 +107,53 @@ def test_missing_files_are_told(run):
     with pytest.raises(UserError, match="cannot read the metrics of the run"):
         (run / "scores" / "samples.json").write_text("{}")
         write(run, runs={"trained": run / "nowhere"})
+
+
+def losses(shift, rows=4):
+    """Of two tasks, rows far apart among each other; another `shift` moves all of them by nearly the same."""
+    return summary([{"task": task, "bucket": "b", "index": i, "losses": [1.0 + 0.3 * i + shift + 0.001 * i * shift] * 10}
+                    for task in ("t2i", "tv2v") for i in range(rows)])
+
+
+def test_losses_are_compared_row_by_row(run):
+    ours, theirs = losses(-0.1), losses(0.0)
+    mean, error = paired(ours["rows"], theirs["rows"], "t2i")
+    apart = [-0.1 - 0.0001 * i for i in range(4)]
+    assert mean == pytest.approx(np.mean(apart)) and error == pytest.approx(np.std(apart, ddof=1) / 2)
+    assert error < 0.01 * ours["tasks"]["t2i"]["error"]
+    assert paired(ours["rows"], losses(0.0, rows=1)["rows"], "t2i") is None
+
+    given = scores()
+    given["checkpoints"]["trained"]["loss"], given["checkpoints"]["base"]["loss"] = ours, theirs
+    text = "\n".join(loss_reading(given, "trained"))
+    assert "mean over tasks: trained 1.3498, untrained base 1.4500" in text
+    assert "Against the untrained base, on the same rows, times and noise, the loss of the trained model is lower in 2 of 2 tasks" in text
+    turned = scores()
+    turned["checkpoints"]["trained"]["loss"], turned["checkpoints"]["base"]["loss"] = theirs, ours
+    assert "lower in 0 of 2 tasks, higher in 2 (t2i, tv2v)" in "\n".join(loss_reading(turned, "trained"))
+    (run / "scores" / "scores.json").write_text(json.dumps(given))
+    (run / "train" / "held_out.jsonl").write_text('{"stage": "stage1", "step": 0, "total_step": 0, "loss": 2.0}\n{"cut of')
+    page = write(run).read_text()
+    assert "-0.1001 ± 0.0001" in page and page.count("<svg") == 5  # two more: over the steps, and by flow time
+    assert "trained − untrained base" in page and 'class="clear">-0.1001' in page
+    told = json.loads((run / "report.json").read_text())
+    assert told["curves"]["trained"]["held_out"] == [{"stage": "stage1", "step": 0, "total_step": 0, "loss": 2.0}]
+    assert told["scores"] == given and any("lower in 2 of 2" in sentence for sentence in told["sentences"])
+
+
+def test_the_command(run, capsys):
+    given = scores()
+    for entry in given["checkpoints"].values():
+        entry["tasks"], entry["loss"] = {}, losses(0.0)
+    (run / "scores" / "scores.json").write_text(json.dumps(given))
+    (run / "scores" / "samples.json").unlink()  # only "loss" was measured
+    flags = ["--evaluation", str(run / "scores"), "--output", str(run / "out" / "r.html")]
+    report.main([*flags, f"--run=trained={run / 'train'}"])
+    assert "Held-out loss" in (run / "out" / "r.html").read_text() and (run / "out" / "r.json").exists()
+    for extra, words in ((["--run", "nothing"], "must be NAME=WORKDIR"), (["--run", "a=x", "--run", "a=y"], "each name once"),
+                         (["--output", "page"], "must end with .html"), (["--evaluation", str(run / "none")], "scores.json")):
+        with pytest.raises(UserError, match=words):
+            report.main([*flags, *extra])
 
 
 def test_charts():

@@ -25,6 +25,7 @@ def write(folder, resume_at, records):
     with MetricWriter(folder, STEPS, resume_at=resume_at) as writer:
         for stage, step in records:
             writer.write(stage, step, {"loss": float(step), "loss_t2v": None})
+            writer.write(stage, step, {"loss": -float(step)}, file="held_out")
             writer.picture(stage, step, "picture", np.zeros((2, 2, 3), np.uint8))
 
 
@@ -35,13 +36,14 @@ def test_no_step_stands_twice(tmp_path):
     for path in (tmp_path / "tensorboard").iterdir():
         path.unlink()  # the next file could have its name, which is of the second
     write(tmp_path, {"stage1": 3, "stage2": 4}, [("stage2", 5)])
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["stage"], r["step"], r["total_step"]) for r in records] == [
-        ("stage1", 3, 3), ("stage2", 2, 5), ("stage2", 4, 7), ("stage2", 5, 8)]
+    for name in ("metrics", "held_out"):
+        records = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert [(r["stage"], r["step"], r["total_step"]) for r in records] == [
+            ("stage1", 3, 3), ("stage2", 2, 5), ("stage2", 4, 7), ("stage2", 5, 8)]
     found = list(events(tmp_path / "tensorboard"))
     assert [e.step for e in found if e.HasField("session_log")] == [8]  # TensorBoard forgets what was written from that step on
     tags = [(value.tag, e.step) for e in found for value in e.summary.value]
-    assert tags == [("stage2/loss", 8), ("stage2/picture", 8)]
+    assert tags == [("stage2/loss", 8), ("stage2/held_out/loss", 8), ("stage2/picture", 8)]
 
 
 def test_a_kill_while_records_are_dropped_loses_none(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from vino_jax.sharding.rules import preset
 from vino_jax.train.config import LogConfig
 from vino_jax.train.initial import training_model
 from vino_jax.train.logging import MetricWriter
-from vino_jax.train.loop import run_stage
+from vino_jax.train.loop import Hook, run_stage
 from vino_jax.train.stage import adapters, merge, rates, split
 
 EVERY = (("mmdit/(refiner/blocks|double)/.*/kernel", 3), ("mmdit/single/(?!out).*/kernel", 2))
@@ -106,7 +106,7 @@ def run(folder, model, loader=tiny.Batches):
     with RunCheckpoints(folder / "checkpoints", keep=1) as checkpoints:
         with MetricWriter(folder, {"stage": 4}, resume_at={"stage": checkpoints.latest() or 0}) as writer:
             out, _ = run_stage(plan, filled(model, b=0.0), loader, checkpoints, writer, LogConfig(every=1, checkpoint_every=2), quiet=True,
-                               preview=lambda params, name, step: seen.append(by_path(params).keys()), say=lambda text: None)
+                               hooks=[Hook("preview", 4, lambda params, name, step: seen.append(by_path(params).keys()))], say=lambda text: None)
     assert all(keys == by_path(model.abstract).keys() for keys in seen)
     return by_path(jax.device_get(out))
 

@@ -20,7 +20,7 @@ from vino_jax.sharding.rules import preset
 from vino_jax.train.config import LogConfig
 from vino_jax.train.initial import param_structs
 from vino_jax.train.logging import MetricWriter
-from vino_jax.train.loop import Meter, check_batches, run_stage
+from vino_jax.train.loop import Hook, Meter, check_batches, run_stage
 from vino_jax.train.optim import optimizer
 from vino_jax.train.preemption import Preempted
 from vino_jax.train.stage import rates, split
@@ -36,7 +36,7 @@ MESHES = {
 }
 
 
-def run(folder, *, mesh=None, name="fsdp", steps=4, stage=None, loader=tiny.Batches, preview=None, **log):
+def run(folder, *, mesh=None, name="fsdp", steps=4, stage=None, loader=tiny.Batches, hooks=(), **log):
     """(all parameters, averages, losses by step) of a stage run or gone on with in `folder`."""
     model = tiny.vino()
     sizes = mesh or {"fsdp": 2}
@@ -46,7 +46,7 @@ def run(folder, *, mesh=None, name="fsdp", steps=4, stage=None, loader=tiny.Batc
     with RunCheckpoints(folder / "checkpoints", keep=2) as checkpoints:
         resume_at = {plan.stage.name: checkpoints.latest() or 0}
         with MetricWriter(folder, {plan.stage.name: plan.stage.steps}, resume_at=resume_at) as writer:
-            out, average = run_stage(plan, tiny.params(model), loader, checkpoints, writer, log, quiet=True, preview=preview,
+            out, average = run_stage(plan, tiny.params(model), loader, checkpoints, writer, log, quiet=True, hooks=hooks,
                                      say=lambda text: None)
     losses = {r["step"]: r["loss"] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
     return jax.device_get(out), jax.device_get(average), losses
@@ -148,11 +148,13 @@ def test_a_bucket_s_remat_policy_is_that_of_its_program():
     assert products("nothing") < products("save_attention") < products("full") == products(model.runtime.remat)
 
 
-def test_previews_come_at_the_start_by_their_cadence_and_at_the_end(tmp_path):
+def test_hooks_come_at_the_start_by_their_cadence_and_at_the_end(tmp_path):
     seen = []
-    run(tmp_path, steps=5, preview_every=2,
-        preview=lambda params, stage, step: seen.append((stage, step, set(params) == set(tiny.vino().parts))))
-    assert seen == [("stage", step, True) for step in (0, 2, 4, 5)]
+    hooks = [Hook(kind, every, lambda params, stage, step, kind=kind: seen.append((kind, stage, step, set(params) == set(tiny.vino().parts))))
+             for kind, every in (("preview", 2), ("evaluate", 3))]
+    run(tmp_path, steps=5, hooks=hooks)
+    assert [entry for entry in seen if entry[0] == "preview"] == [("preview", "stage", step, True) for step in (0, 2, 4, 5)]
+    assert [entry for entry in seen if entry[0] == "evaluate"] == [("evaluate", "stage", step, True) for step in (0, 3, 5)]
 
 
 def test_cadences_of_0_leave_the_end(tmp_path):
@@ -171,7 +173,7 @@ def test_sigterm_saves_before_a_preview_that_is_due(tmp_path):
 
     seen = []
     with pytest.raises(Preempted):
-        run(tmp_path, loader=Stopped, preview=lambda params, stage, step: seen.append(step), checkpoint_every=0, preview_every=1)
+        run(tmp_path, loader=Stopped, hooks=[Hook("preview", 1, lambda params, stage, step: seen.append(step))], checkpoint_every=0)
     assert seen == [0, 1, 2]
     with RunCheckpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         assert checkpoints.latest() == 3
@@ -183,10 +185,10 @@ def test_sigterm_in_a_stage_s_last_preview_ends_the_run_once_it_is_saved(tmp_pat
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Preempted):
-        run(tmp_path, preview=preview, checkpoint_every=0, preview_every=4)
+        run(tmp_path, hooks=[Hook("preview", 4, preview)], checkpoint_every=0)
     with RunCheckpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         assert checkpoints.latest() == 4
-    run(tmp_path, preview=lambda *_: pytest.fail("the stage is done"), preview_every=4)
+    run(tmp_path, hooks=[Hook("preview", 4, lambda *_: pytest.fail("the stage is done"))])
 
 
 def test_the_time_of_previews_does_not_count(monkeypatch):

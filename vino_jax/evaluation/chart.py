@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from html import escape
 
 Points = Sequence[tuple[float, float]]
+LABELS = {"trained": "trained", "base": "untrained base", "no_stage1": "stage 1 skipped"}
+COLOURS = ("#1f6feb", "#d9822b", "#8250df", "#1a7f37")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 22, 34  # margins in SVG units
 
 
@@ -17,6 +19,11 @@ class Line:
     colour: str
     faint: bool = False
     dashed: bool = False
+
+
+def label(name: str) -> str:
+    """How a checkpoint or a run is called in words."""
+    return LABELS.get(name, name.replace("_", " "))
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

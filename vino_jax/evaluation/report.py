@@ -15,12 +15,13 @@ from typing import Any
 import av
 from PIL import Image
 
+from vino_jax.checkpoint.atomic import write_text
 from vino_jax.errors import UserError
-from vino_jax.evaluation.chart import Line, legend, line_chart, smooth
+from vino_jax.evaluation.chart import COLOURS, Line, label, legend, line_chart, smooth
+from vino_jax.evaluation.report_loss import APART, loss_chart, loss_reading, loss_section
 from vino_jax.settings import read_json
 
-LABELS = {"trained": "trained", "base": "untrained base", "no_stage1": "stage 1 skipped"}
-COLOURS = ("#1f6feb", "#d9822b", "#8250df", "#1a7f37")
+MAIN = "trained"  # the checkpoint that the report is about
 TITLES = {
     "t2i": "text to picture", "t2v": "text to clip", "i2v": "first frame to clip", "ti2v": "pictured objects into a clip",
     "ti2i": "picture edited", "ti2i_baseimg": "picture edited, with a reference", "tv2v": "clip edited",
@@ -29,7 +30,6 @@ TITLES = {
 WORDS = {"colour": "colour", "shape": "shape", "count": "count", "relation": "relation", "pair": "both objects", "motion": "motion",
          "followed": "instruction followed", "preserved": "rest preserved (PSNR)", "steadiness": "steadiness"}
 _CLEAR = 3.0  # standard errors from which a difference to chance is called clear
-_APART = 2.0  # and from which two models differ
 _BETWEEN_FRAMES = 110  # ms, of the clips in the contact sheets
 
 _STYLE = """
@@ -59,20 +59,24 @@ td.clear{color:#1a7f37;font-weight:600}ul{margin:6px 0;padding-left:20px}li{marg
 
 def write_report(path: Path, *, title: str, lead: str, facts: Mapping[str, str], runs: Mapping[str, Path], evaluation: Path,
                  timings: Sequence[tuple[str, float]] = ()) -> Path:
-    """Write the report.
+    """Write the report to `path`, and what it says as JSON beside it (its ending .json in the place of .html).
 
-    facts: label -> value, told at the top. runs: name -> workdir of a training run, "trained" first. evaluation: what
+    facts: label -> value, told at the top. runs: name -> workdir of a training run, "trained" first; may be none. evaluation: what
     launch.evaluate wrote. timings: (phase, seconds). Raises UserError where a file is missing or damaged.
     """
-    scores, samples = read_json(evaluation / "scores.json"), read_json(evaluation / "samples.json")
-    metrics = {name: read_metrics(workdir) for name, workdir in runs.items()}
+    scores = read_json(evaluation / "scores.json")
+    found = scores["checkpoints"]
+    samples = read_json(evaluation / "samples.json") if any(entry["tasks"] for entry in found.values()) else {}
+    metrics = {name: read_metrics(workdir / "metrics.jsonl") for name, workdir in runs.items()}
+    held_out = {name: read_records(workdir / "held_out.jsonl") for name, workdir in runs.items() if (workdir / "held_out.jsonl").exists()}
+    facts = {**facts, **_run_facts(runs, metrics, scores)}
+    sentences = loss_reading(scores, MAIN) + (reading(scores) if found[MAIN]["tasks"] else []) + stage_reading(metrics)
     body = [
-        f"<section><h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p>"
-        f"{_facts({**facts, **_run_facts(runs, metrics, scores)})}</section>",
-        f"<section><h2>What the numbers say</h2>{_list(reading(scores) + stage_reading(metrics))}</section>",
-        f"<section><h2>Training</h2>{_training(metrics)}</section>",
-        f"<section><h2>Scores on unseen samples</h2>{_table(scores)}</section>",
-        _sheets(evaluation, scores, samples),
+        f"<section><h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p>{_facts(facts)}</section>",
+        f"<section><h2>What the numbers say</h2>{_list(sentences)}</section>",
+        f"<section><h2>Training</h2>{_training(metrics)}{loss_chart(held_out)}</section>" if runs else "",
+        loss_section(scores, _columns(found)),
+        f"<section><h2>Scores on unseen samples</h2>{_table(scores)}</section>{_sheets(evaluation, scores, samples)}" if samples else "",
     ]
     if timings:
         every = [*timings, ("all", sum(seconds for _, seconds in timings))]
@@ -81,30 +85,33 @@ def write_report(path: Path, *, title: str, lead: str, facts: Mapping[str, str],
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
+    curves = {name: {"training": [r for records in stages.values() for r in records], "held_out": held_out.get(name, [])}
+              for name, stages in metrics.items()}
+    write_text(path.with_suffix(".json"), json.dumps({"title": title, "facts": facts, "sentences": sentences, "scores": scores,
+                                                      "curves": curves, "seconds": dict(timings)}, indent=1) + "\n")
+    write_text(path, page)
     return path
 
 
-def read_metrics(workdir: Path) -> dict[str, list[dict[str, Any]]]:
-    """Stage -> its records by step, in the order of the run. Raises UserError where there are none."""
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a run's log; the last may be half written. Raises UserError for a file that cannot be read."""
     try:
-        lines = (workdir / "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines if line.endswith("}")]
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the metrics of the run {workdir}: {error}") from None
-    if not records:
-        raise UserError(f"the run {workdir} has no metrics yet")
+        raise UserError(f"cannot read the metrics of the run {path.parent}: {error}") from None
+
+
+def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Stage -> its records by step, in the order of the run. Raises UserError where there are none."""
     stages: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
+    for record in read_records(path):
         stages.setdefault(record["stage"], []).append(record)
+    if not stages:
+        raise UserError(f"the run {path.parent} has no metrics yet")
     return stages
 
 
 # --- in words ---
-
-
-def label(name: str) -> str:
-    return LABELS.get(name, name.replace("_", " "))
 
 
 def above_chance(attribute: Mapping[str, Any]) -> float:
@@ -120,7 +127,7 @@ def ahead(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
     return (a["mean"] - b["mean"]) / error if error else 0.0
 
 
-def reading(scores: Mapping[str, Any], main: str = "trained") -> list[str]:
+def reading(scores: Mapping[str, Any], main: str = MAIN) -> list[str]:
     """Plain sentences about the scores, computed from them."""
     found = scores["checkpoints"]
     rows = [(task, name, a) for task, result in found[main]["tasks"].items() for name, a in result["attributes"].items()
@@ -148,7 +155,7 @@ def reading(scores: Mapping[str, Any], main: str = "trained") -> list[str]:
 def _comparison(found: Mapping[str, Any], main: str, other: str) -> list[str]:
     better, worse, even = [], [], 0
     for task, name, a, b in _pairs(found, main, other):
-        if abs(ahead(a, b)) <= _APART:
+        if abs(ahead(a, b)) <= APART:
             even += 1
         else:
             (better if ahead(a, b) > 0 else worse).append(f"{task} {WORDS[name]} ({_share(a['mean'])} against {_share(b['mean'])})")
@@ -158,11 +165,11 @@ def _comparison(found: Mapping[str, Any], main: str, other: str) -> list[str]:
     who = "the full curriculum" if other == "no_stage1" else f"the {label(main)} model"
     against = "the same number of steps with stage 1 skipped" if other == "no_stage1" else f"the {label(other)}"
     lists = (f" Ahead: {', '.join(better)}." if better else "") + (f" Behind: {', '.join(worse)}." if worse else "")
-    out = [f"Against {against}, {who} is ahead in {len(better)} of {total} rates, behind in {len(worse)}, and even within {_APART:.0f} "
+    out = [f"Against {against}, {who} is ahead in {len(better)} of {total} rates, behind in {len(worse)}, and even within {APART:.0f} "
            f"standard errors in {even}.{lists}"]
     edits = [(task, a, b) for task, name, a, b in _pairs(found, main, other) if name == "followed"]
     if edits and other == "base":
-        wins = [task for task, a, b in edits if ahead(a, b) > _APART]
+        wins = [task for task, a, b in edits if ahead(a, b) > APART]
         out.append(f"Edit instructions followed, {label(main)} against {label(other)}: "
                    + ", ".join(f"{task} {_share(a['mean'])} / {_share(b['mean'])}" for task, a, b in edits)
                    + f"; beyond doubt better in: {', '.join(wins) or 'none'}.")
@@ -279,7 +286,7 @@ def _table(scores: Mapping[str, Any]) -> str:
 
 def _columns(found: Mapping[str, Any]) -> list[str]:
     """Checkpoints from the least to the most trained; "trained" last."""
-    return sorted(found, key=lambda name: (name == "trained", name != "base"))
+    return sorted(found, key=lambda name: (name == MAIN, name != "base"))
 
 
 def _row(name: str, attributes: Sequence[Mapping[str, Any] | None]) -> str:
@@ -298,21 +305,30 @@ def _row(name: str, attributes: Sequence[Mapping[str, Any] | None]) -> str:
 
 
 def _sheets(evaluation: Path, scores: Mapping[str, Any], samples: Mapping[str, Any]) -> str:
-    names = _columns(scores["checkpoints"])
+    """Samples side by side: the worst, told what is wrong with them, and then the first of every task."""
+    kinds = (("Worst cases", f"Of every task those that the {label(MAIN)} checkpoint does worst, the worst first.", True),
+             ("Contact sheets", "The first unseen samples of every task, not chosen by hand. Clips move.", False))
     out = []
-    for task in scores["checkpoints"][names[-1]]["tasks"]:
-        rows = []
-        for entry in samples.get(task, ()):
-            references = "".join(_media(evaluation / path) for path in entry["references"])
-            outputs = "".join(f'<td class="{"main" if name == "trained" else ""}">{_output(evaluation, name, task, entry["index"])}</td>'
-                              for name in names)
-            rows.append(f'<tr><td>{escape(entry["prompt"])}</td><td>{references or "–"}</td>{outputs}'
-                        f'<td>{_media(evaluation / entry["ideal"])}</td></tr>')
-        head = "".join(f"<th>{escape(label(n))}</th>" for n in names)
-        out.append(f'<h3>{escape(task)} · {TITLES[task]}</h3><div class="sheet"><table><tr><th>prompt</th><th>references</th>{head}'
-                   f"<th>ideal target</th></tr>{''.join(rows)}</table></div>")
-    return ("<section><h2>Contact sheets</h2><p class=note>The first unseen samples of every task, not chosen by hand. Clips move.</p>"
-            f"{''.join(out)}</section>")
+    for title, note, worst in kinds:
+        sheets = "".join(_sheet(evaluation, scores, task, [entry for entry in samples.get(task, ()) if ("worst" in entry) == worst])
+                         for task in scores["checkpoints"][MAIN]["tasks"])
+        if sheets:
+            out.append(f"<section><h2>{title}</h2><p class=note>{escape(note)}</p>{sheets}</section>")
+    return "".join(out)
+
+
+def _sheet(evaluation: Path, scores: Mapping[str, Any], task: str, entries: Sequence[Mapping[str, Any]]) -> str:
+    names = _columns(scores["checkpoints"])
+    rows = []
+    for entry in entries:
+        references = "".join(_media(evaluation / path) for path in entry["references"])
+        outputs = "".join(f'<td class="{"main" if name == MAIN else ""}">{_output(evaluation, name, task, entry["index"])}</td>' for name in names)
+        wrong = f"<br><b>wrong: {escape(', '.join(WORDS[name] for name in entry['worst']))}</b>" if "worst" in entry else ""
+        rows.append(f'<tr><td>{escape(entry["prompt"])}{wrong}</td><td>{references or "–"}</td>{outputs}'
+                    f'<td>{_media(evaluation / entry["ideal"])}</td></tr>')
+    head = "".join(f"<th>{escape(label(n))}</th>" for n in names)
+    return (f'<h3>{escape(task)} · {TITLES[task]}</h3><div class="sheet"><table><tr><th>prompt</th><th>references</th>{head}'
+            f"<th>ideal target</th></tr>{''.join(rows)}</table></div>") if rows else ""
 
 
 def _output(evaluation: Path, name: str, task: str, index: str) -> str:

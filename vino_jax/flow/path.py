@@ -5,6 +5,8 @@ t = 0 is data, t = 1 is noise. Everything is float32; a per-row value has the sh
 import jax
 import jax.numpy as jnp
 
+TIME_BINS = 10  # equal parts of the flow time, by which losses are told
+
 
 def per_row(value: jax.Array, ndim: int) -> jax.Array:
     """`value` (scalar or (B,)) with trailing ones, so that it broadcasts against an array of `ndim` dims by rows."""
@@ -35,3 +37,8 @@ def interpolate(x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
 def target_velocity(x0: jax.Array, noise: jax.Array) -> jax.Array:
     """dx_t/dt = noise - x0 in float32: what the model predicts."""
     return noise.astype(jnp.float32) - x0.astype(jnp.float32)
+
+
+def velocity_loss(velocity: jax.Array, x0: jax.Array, noise: jax.Array) -> jax.Array:
+    """Mean squared error of a velocity against `target_velocity`, by row: all (B, ...) -> (B,) float32 (arXiv 2209.03003, eq. 1)."""
+    return jnp.mean(jnp.square(velocity - target_velocity(x0, noise)), axis=tuple(range(1, x0.ndim)))

@@ -47,6 +47,7 @@ class DataConfig:
 
     source: str = "shapes"
     manifest: str = ""
+    held_out: str = ""  # manifest of items that training does not draw: the held-out loss is measured on them; `shapes` has its own
     root: str = "."
     bad_items: str = "stop"  # at the first item that is wrong, or "skip" it and list it in the workdir's skipped.jsonl
     clips: dict[str, Any] = field(default_factory=dict)  # which frames of clips are taken: data_pipelines.media.Clips
@@ -71,6 +72,8 @@ class LogConfig:
     preview_count: int = 4
     preview_sampling_steps: int = 20
     preview_guidance: float = 3.0
+    evaluate_every: int = 0  # the held-out loss, of the averaged weights where a stage keeps them
+    evaluate_rows: int = 8  # of each task
     profile_port: int = 0  # of a server that profiles are taken from; 0: none
     hang_minutes: float = 0.0  # without a finished step (compiling aside) after which the run ends with exit code 43; 0: never
     compile_cache: str = ""

@@ -18,6 +18,7 @@ KINDS = {
     "data": "waiting for batches",
     "save": "what of saves training waits for",
     "preview": "previews",
+    "evaluate": "the held-out loss",
     "redone": "steps whose results a restart lost, done again since",
     "step": "steps that count",
 }

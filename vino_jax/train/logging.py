@@ -10,12 +10,14 @@ from tqdm import tqdm
 
 from vino_jax.batch import TASKS
 from vino_jax.checkpoint.atomic import write_text
-from vino_jax.train.step import TIME_BINS
+from vino_jax.flow.path import TIME_BINS
+
+FILES = ("metrics", "held_out")  # of the training loss and its like, and of the held-out loss
 
 
 class MetricWriter:
-    """Appends one JSON object a record to DIR/metrics.jsonl and the same numbers to TensorBoard files in DIR/tensorboard, there by the
-    steps of the whole run.
+    """Appends one JSON object a record to DIR/metrics.jsonl or DIR/held_out.jsonl, and the same numbers to TensorBoard files in
+    DIR/tensorboard, there by the steps of the whole run.
 
     steps: of the stages in their order. resume_at: steps done by stage; of what a former run wrote, records of later steps are dropped,
     so that no step stands twice.
@@ -24,34 +26,32 @@ class MetricWriter:
     def __init__(self, directory: pathlib.Path, steps: Mapping[str, int], *, resume_at: Mapping[str, int]):
         directory.mkdir(parents=True, exist_ok=True)
         self._before = {name: sum(list(steps.values())[:i]) for i, name in enumerate(steps)}
-        self._path = directory / "metrics.jsonl"
-        if self._path.exists():
-            self._drop_after(resume_at)
-        self._file = self._path.open("a")
+        self._paths, self._files = {name: directory / f"{name}.jsonl" for name in FILES}, {}
+        for path in self._paths.values():
+            if path.exists():
+                _drop_after(path, resume_at)
         done = max((self._before[name] + step for name, step in resume_at.items() if step), default=-1)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
 
-    def _drop_after(self, resume_at: Mapping[str, int]) -> None:
-        lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]  # a kill may have cut the last line
-        records = [json.loads(line) for line in lines]
-        kept = [r for r in records if r["stage"] not in resume_at or r["step"] <= resume_at[r["stage"]]]
-        write_text(self._path, "".join(json.dumps(r) + "\n" for r in kept))
-
-    def write(self, stage: str, step: int, values: dict[str, Any]) -> None:
-        """step: of the stage. values: floats, or None for what was not seen since the last record."""
+    def write(self, stage: str, step: int, values: dict[str, Any], file: str = "metrics") -> None:
+        """step: of the stage. values: floats, or None for what was not seen since the last record. file: of FILES."""
         total = self._before[stage] + step
-        self._file.write(json.dumps({"stage": stage, "step": step, "total_step": total, **values}) + "\n")
-        self._file.flush()
+        if file not in self._files:
+            self._files[file] = self._paths[file].open("a")
+        self._files[file].write(json.dumps({"stage": stage, "step": step, "total_step": total, **values}) + "\n")
+        self._files[file].flush()
+        where = stage if file == "metrics" else f"{stage}/{file}"
         for name, value in values.items():
             if isinstance(value, (int, float)):
-                self._board.add_scalar(f"{stage}/{name}", value, total)
+                self._board.add_scalar(f"{where}/{name}", value, total)
 
     def picture(self, stage: str, step: int, name: str, picture_HWC: np.ndarray) -> None:
         """uint8 picture into TensorBoard."""
         self._board.add_image(f"{stage}/{name}", picture_HWC, self._before[stage] + step, dataformats="HWC")
 
     def close(self) -> None:
-        self._file.close()
+        for file in self._files.values():
+            file.close()
         self._board.close()
 
     def __enter__(self) -> "MetricWriter":
@@ -61,13 +61,20 @@ class MetricWriter:
         self.close()
 
 
+def _drop_after(path: pathlib.Path, resume_at: Mapping[str, int]) -> None:
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may have cut the last line
+    records = [json.loads(line) for line in lines]
+    kept = [r for r in records if r["stage"] not in resume_at or r["step"] <= resume_at[r["stage"]]]
+    write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
+
+
 class NoWriter(MetricWriter):
     """What the processes of a run write but the first: nothing."""
 
     def __init__(self):
         pass
 
-    def write(self, stage: str, step: int, values: dict[str, Any]) -> None:
+    def write(self, stage: str, step: int, values: dict[str, Any], file: str = "metrics") -> None:
         pass
 
     def picture(self, stage: str, step: int, name: str, picture_HWC: np.ndarray) -> None:

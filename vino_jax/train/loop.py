@@ -3,7 +3,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,6 +209,19 @@ class Meter:
         return values
 
 
+@dataclass(frozen=True)
+class Hook:
+    """What a run does with all its parameters (averages where kept) at the start of a stage, every so many steps and at its end.
+
+    kind: where its seconds go, see train/goodput.py: KINDS. call(params, stage name, step) must not keep the parameters: the next step
+    donates them.
+    """
+
+    kind: str
+    every: int
+    call: Callable[[Params, str, int], None]
+
+
 def encoded_batches(plan: StagePlan, vae: Params, batches: Iterable, goodput: Goodput,
                     watchdog: Watchdog) -> Iterator[tuple[int, str, list[int], Batch]]:
     """(step, bucket name, the samples of this process's rows, batch with moments on the mesh)."""
@@ -224,13 +237,12 @@ def encoded_batches(plan: StagePlan, vae: Params, batches: Iterable, goodput: Go
 
 
 def run_stage(plan: StagePlan, params: Params, loader: Callable[[int], Iterable], checkpoints: RunCheckpoints, writer: MetricWriter,
-              log: LogConfig, *, preview: Callable[[Params, str, int], None] | None = None, quiet: bool = False,
+              log: LogConfig, *, hooks: Sequence[Hook] = (), quiet: bool = False,
               say: Callable[[str], None] = print, goodput: Goodput | None = None) -> tuple[Params, Params]:
     """Train one stage to its end, going on from its last checkpoint; all parameters, and the same with averages where kept.
 
     params: see `start_state`; they are donated. loader(step) gives an iterable of (step, bucket name, Batch of the rows that this
-    process's devices hold) with `waited` (seconds) and close(). preview(params, stage name, step) draws samples at the start, by
-    log.preview_every and at the end. On several processes call it on every one.
+    process's devices hold) with `waited` (seconds) and close(). On several processes call it on every one.
     Raises UserError when a loss or gradient is not finite, naming step and batch; Preempted after SIGTERM to any process.
     """
     stage, goodput = plan.stage, goodput or Goodput()
@@ -248,9 +260,9 @@ def run_stage(plan: StagePlan, params: Params, loader: Callable[[int], Iterable]
     with goodput.spend("compile"), compile_cache.told(stage.name, say):
         programs = plan.compiled_steps(tx, state, frozen, say)
     buckets = {bucket.name: bucket for bucket in plan.buckets}
-    if step == 0 and preview:
-        with goodput.spend("preview"):
-            preview(whole(), stage.name, 0)
+    for hook in hooks if step == 0 else ():
+        with goodput.spend(hook.kind):
+            hook.call(whole(), stage.name, 0)
     with contextlib.closing(loader(step)) as batches, Stop(stage.name) as stop, Watchdog(60 * log.hang_minutes) as watchdog, \
             progress_bar(stage.steps, step, stage.name, quiet) as bar, goodput.spend("step"):
         meter = Meter(stage, batches, checkpoints)
@@ -269,7 +281,7 @@ def run_stage(plan: StagePlan, params: Params, loader: Callable[[int], Iterable]
                 meter.settle()
                 with goodput.spend("save"):
                     checkpoints.save(step, state, {"stage": stage.name, "step": step, "seed": plan.seed})
-            if stopping:  # before a preview, which could outlast the time that is left
+            if stopping:  # before a hook, which could outlast the time that is left
                 with goodput.spend("save"):
                     checkpoints.wait()
             if stopping or due(log.every) or due(log.checkpoint_every):
@@ -277,9 +289,9 @@ def run_stage(plan: StagePlan, params: Params, loader: Callable[[int], Iterable]
             if stopping:
                 say(f"{stage.name}: stopped by SIGTERM, saved at step {step}")
                 raise Preempted()
-            if preview and due(log.preview_every):
-                with meter.paused(), watchdog.paused(), goodput.spend("preview"):
-                    preview(whole(average=True), stage.name, step)
+            for hook in (hook for hook in hooks if due(hook.every)):
+                with meter.paused(), watchdog.paused(), goodput.spend(hook.kind):
+                    hook.call(whole(average=True), stage.name, step)
             if step == stage.steps:
                 break
         with goodput.spend("save"):

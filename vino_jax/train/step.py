@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from vino_jax.batch import TASKS, Batch
-from vino_jax.flow.path import interpolate, logit_normal, target_velocity, warp
+from vino_jax.flow.path import TIME_BINS, interpolate, logit_normal, velocity_loss, warp
 from vino_jax.models.vino import Vino
 from vino_jax.nn.module import Params
 from vino_jax.train.stage import StageConfig, merge
 from vino_jax.train.state import TrainState
-
-TIME_BINS = 10
 
 
 def row_losses(vino: Vino, params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -29,8 +27,7 @@ def row_losses(vino: Vino, params: Params, batch: Batch, keys_B: jax.Array) -> t
     noise_BFHWC = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:], clean.dtype))(noise[:, 0])
     velocity = vino.velocity(params, interpolate(clean, noise_BFHWC, t_B), t_B, vino.pool(batch, references[:, 0]), batch,
                              vino.condition(params, batch))
-    errors = jnp.square(velocity - target_velocity(clean, noise_BFHWC))
-    return jnp.mean(errors, axis=(1, 2, 3, 4)), t_B
+    return velocity_loss(velocity, clean, noise_BFHWC), t_B
 
 
 def encode_batch(vino: Vino, vae: Params, batch: Batch) -> Batch:

@@ -14,7 +14,8 @@ from vino_jax.settings import read_json
 from vino_jax.train.config import RunConfig
 
 # keys, and starts of keys, that change no number of a run
-FREE = ("log/", "mesh/", "runtime/remat", "runtime/attention", "data/threads", "data/workers", "data/prefetch", "data/precomputed")
+FREE = ("log/", "mesh/", "runtime/remat", "runtime/attention", "data/threads", "data/workers", "data/prefetch", "data/precomputed",
+        "data/held_out")
 IMPORTED = ("init/", "model/")  # those that init/ was made by
 TOLD = 5  # differences that a message names
 

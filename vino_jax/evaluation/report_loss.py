@@ -1,0 +1,83 @@
+"""The held-out loss in the report: over a run's steps, by flow time and by task, and against another checkpoint on the same rows."""
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from vino_jax.evaluation.chart import COLOURS, Line, label, legend, line_chart
+
+APART = 2.0  # standard errors from which two models differ
+
+
+def paired(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], task: str) -> tuple[float, float] | None:
+    """Mean difference (ours - theirs) of a task's losses over the rows that both have, and its standard error over rows.
+
+    rows: of vino_jax/evaluation/held_out.py: summary. Times and noise of a row are the same for both, so that the error is that of the
+    difference and much smaller than a loss's own. None where there are fewer than two rows.
+    """
+    def means(rows):
+        return {(row["bucket"], row["index"]): math.fsum(row["losses"]) / len(row["losses"]) for row in rows if row["task"] == task}
+
+    ours, theirs = means(ours), means(theirs)
+    apart = [ours[key] - theirs[key] for key in ours if key in theirs]
+    if len(apart) < 2:
+        return None
+    mean = math.fsum(apart) / len(apart)
+    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in apart) / (len(apart) - 1) / len(apart))
+
+
+def loss_reading(scores: Mapping[str, Any], main: str) -> list[str]:
+    """Plain sentences about the held-out losses of the checkpoints, computed from them."""
+    found = {name: entry["loss"] for name, entry in scores["checkpoints"].items() if "loss" in entry}
+    if main not in found:
+        return []
+    out = ["Held-out loss, mean over tasks: " + ", ".join(f"{label(name)} {loss['loss']:.4f}" for name, loss in found.items()) + "."]
+    for other in (name for name in found if name != main):
+        pairs = {task: pair for task in found[main]["tasks"] if (pair := paired(found[main]["rows"], found[other]["rows"], task))}
+        lower, higher = ([task for task, (mean, error) in pairs.items() if sign * mean > APART * error] for sign in (-1, 1))
+        if pairs:
+            out.append(f"Against the {label(other)}, on the same rows, times and noise, the loss of the {label(main)} model is lower in "
+                       f"{len(lower)} of {len(pairs)} tasks, higher in {len(higher)}" + f" ({', '.join(higher)})" * bool(higher)
+                       + f", and within {APART:.0f} standard errors in the rest.")
+    return out
+
+
+def loss_section(scores: Mapping[str, Any], columns: Sequence[str]) -> str:
+    """A chart by flow time and a table by task; "" where no loss was measured. columns: names of checkpoints, the one that others are set
+    against last."""
+    found = {name: scores["checkpoints"][name]["loss"] for name in columns if "loss" in scores["checkpoints"][name]}
+    if not found:
+        return ""
+    lines = [Line(label(name), [(float(bin_[1:]) + 0.05, value) for bin_, value in loss["by_bin"].items()], COLOURS[i % len(COLOURS)])
+             for i, (name, loss) in enumerate(reversed(found.items()))]
+    chart = line_chart(lines, x_name="flow time (0 data, 1 noise)", y_name="held-out loss", size=(1040, 260))
+    *others, main = found
+    heads = [*map(label, found), *(f"{label(main)} − {label(other)}" for other in others)]
+    rows = "".join(f"<tr>{''.join(cells)}</tr>" for task in found[main]["tasks"] for cells in [_row(task, found, main, others)])
+    return ("<section><h2>Held-out loss</h2><p class=note>Mean squared velocity error on samples that training never draws, at one time in each "
+            "tenth of the flow time. Times and noise are the same for every checkpoint, so that differences are paired; ± one standard error "
+            f"over samples. Green: lower by {APART:.0f} standard errors.</p>{chart}{legend(lines)}"
+            f"<table><tr><th></th>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>{rows}</table></section>")
+
+
+def _row(task: str, found: Mapping[str, Mapping[str, Any]], main: str, others: Sequence[str]) -> list[str]:
+    cells = [f"<td>{escape(task)} · {found[main]['tasks'][task]['count']} samples</td>"]
+    for loss in found.values():
+        entry = loss["tasks"].get(task)
+        error = f" ± {entry['error']:.4f}" if entry and entry["error"] is not None else ""
+        cells.append(f"<td>{entry['loss']:.4f}{error}</td>" if entry else "<td>–</td>")
+    for other in others:
+        pair = paired(found[main]["rows"], found[other]["rows"], task)
+        clear = pair is not None and pair[0] < -APART * pair[1]
+        cells.append(f'<td class="{"clear" if clear else ""}">{pair[0]:+.4f} ± {pair[1]:.4f}</td>' if pair else "<td>–</td>")
+    return cells
+
+
+def loss_chart(held_out: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The held-out loss over the steps of runs (name -> records of held_out.jsonl); "" where none has measured it."""
+    lines = [Line(label(run), [(r["total_step"], r["loss"]) for r in records], COLOURS[i % len(COLOURS)])
+             for i, (run, records) in enumerate(held_out.items()) if records]
+    if not lines:
+        return ""
+    return ("<h3>Held-out loss of the averaged weights</h3><p class=note>Each stage measures its own tasks, so curves may jump where one begins."
+            f"</p>{line_chart(lines, x_name='steps since the start', y_name='held-out loss', size=(1040, 220))}{legend(lines)}")
