@@ -48,7 +48,7 @@ def config(**entries) -> ml_collections.ConfigDict:
     """A training config with every key present (vino_jax/train/config.py says what each means); entries replace whole tables' keys."""
     defaults = {
         "seed": 0,
-        "model": {"queries": 256, "connector_ratio": 4},
+        "model": {"queries": 256, "connector_ratio": 4, "boundary_tokens": True},
         "init": {"checkpoint": "", "vino": "", "mmdit": "", "vae": "", "vlm": "", "require": ("vae", "vlm", "mmdit")},
         "runtime": {"dtype": "bfloat16", "remat": "full", "attention": "auto", "quantize": ""},
         "mesh": {"preset": "fsdp", "data": 1, "fsdp": -1, "seq": 1, "tensor": 1},

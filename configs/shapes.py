@@ -41,5 +41,5 @@ def get_config():
         stages=stages(),
         log={"every": 10, "checkpoint_every": 40, "preview_every": 100},
         sampling={"height": 64, "width": 64, "num_frames": 9, "steps": 20, "guidance_image": 3.0, "guidance_video": 3.0,
-                  "shift_image": 2.0, "shift_video": 3.0},
+                  "image_guidance": 1.0, "shift_image": 2.0, "shift_video": 3.0},
     )

@@ -48,6 +48,7 @@ class Size:
     prompts: int
     edits: int
     clips: int
+    loss_rows: int
     show: int
     environment: Mapping[str, str]
 
@@ -56,8 +57,8 @@ class Size:
 # huge pages spare a step the page faults of its temporary memory, a tenth of its CPU time (glibc only; elsewhere nothing happens).
 COMPILER_FLAGS, ALLOCATOR = "--xla_backend_optimization_level=1", {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 QUICK_COMPILE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for programs that run only a few times
-FULL = Size(None, {"preview_every": 0}, 12, 200, 40, 10, 4, {})
-SHORT = Size((2, 6, 2), {"every": 1, "checkpoint_every": 2, "preview_every": 0}, 2, 4, 2, 2, 2, QUICK_COMPILE)
+FULL = Size(None, {"preview_every": 0}, 12, 200, 40, 10, 8, 4, {})
+SHORT = Size((2, 6, 2), {"every": 1, "checkpoint_every": 2, "preview_every": 0}, 2, 4, 2, 2, 2, 2, QUICK_COMPILE)
 
 
 @dataclass
@@ -230,7 +231,7 @@ def evaluate(demo: Demo) -> None:
     size, output = demo.size, demo.output
     against = {"base": output / "train" / "init", "no_stage1": output / "no_stage1"}
     counts = {"prompts": size.prompts, "edits": size.edits, "clips": size.clips, "steps": size.sampling_steps, "show": size.show,
-              "batch": min(20, size.clips)}
+              "loss_rows": size.loss_rows, "batch": min(20, size.clips)}
     code = demo.command("launch.evaluate", "--checkpoint", output / "train", "--config", CONFIG, "--output", output / "scores",
                         *(f"--against={name}={directory}" for name, directory in against.items()),
                         *(f"--{name}={count}" for name, count in counts.items()), log="evaluate")

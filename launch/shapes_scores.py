@@ -18,7 +18,7 @@ from vino_jax import processes
 from vino_jax.batch import Batch, PackedTask
 from vino_jax.checkpoint.atomic import write_text
 from vino_jax.evaluation import shapes as scorer
-from vino_jax.evaluation.metrics import steadiness
+from vino_jax.evaluation.metrics import psnr, steadiness
 from vino_jax.sampling.pipeline import Sampler
 from vino_jax.sampling.video import write_output
 from vino_jax.settings import SamplingConfig, read_json
@@ -27,6 +27,8 @@ _PADDED = {"tokens": 1, "prompt_mask": 1, "mrope": 2, "visual_index": 1, "patche
            "role": 1, "source": 1, "position": 1}  # fields of a Batch by the dim that is padded
 _PROMPT = ("tokens", "prompt_mask", "mrope", "visual_index")
 _ROUND_PROMPT = 32
+_DECIDED = ("i2v", "tv2v")  # clips of which references and text leave little open
+_MOST_PSNR = 60.0  # dB, of equal frames
 
 
 def options(flags: argparse.Namespace, sampling: SamplingConfig, picture: bool, number: int = 0) -> SamplingOptions:
@@ -157,7 +159,8 @@ def evaluate(sampler: Sampler, prompter: Prompter, task: str, samples: Sequence[
 
 
 def judge(pixels: np.ndarray, sample: Sample) -> Iterator[tuple[str, float, float | None]]:
-    """(attribute, value, chance or None) of one output: right or wrong; preserved in dB; steadiness of clips."""
+    """(attribute, value, chance or None) of one output: right or wrong; preserved in dB; steadiness of clips; and where the references decide on
+    every pixel of a clip, PSNR in dB of its first frame and of the later ones against the ideal target."""
     source = None
     if "edit" in sample.expected:
         source = sample.video if sample.video is not None else sample.images[-1][None]
@@ -166,3 +169,6 @@ def judge(pixels: np.ndarray, sample: Sample) -> Iterator[tuple[str, float, floa
         yield name, value, by_chance.get(name)
     if len(pixels) > 1:
         yield "steadiness", steadiness(pixels), None
+    if sample.task in _DECIDED:
+        for name, frames in (("first_frame", slice(1)), ("later_frames", slice(1, None))):
+            yield name, min(psnr(pixels[frames], sample.target[frames]), _MOST_PSNR), None

@@ -101,6 +101,7 @@ class VinoConfig:
     vlm: VLMConfig = field(default_factory=VLMConfig)
     queries: int = 256  # learnable query tokens
     connector_ratio: int = 4  # hidden width of a connector / its output width
+    boundary_tokens: bool = True  # False, for experiments: those around references are padding
 
     def __post_init__(self):
         if self.vae.latent_channels != self.mmdit.in_channels:

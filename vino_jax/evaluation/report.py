@@ -28,7 +28,9 @@ TITLES = {
     "tiv2v": "clip edited, with a reference",
 }
 WORDS = {"colour": "colour", "shape": "shape", "count": "count", "relation": "relation", "pair": "both objects", "motion": "motion",
-         "followed": "instruction followed", "preserved": "rest preserved (PSNR)", "steadiness": "steadiness"}
+         "followed": "instruction followed", "preserved": "rest preserved (PSNR)", "steadiness": "steadiness",
+         "first_frame": "first frame (PSNR)", "later_frames": "later frames (PSNR)"}
+_DECIBELS = ("preserved", "first_frame", "later_frames")
 _CLEAR = 3.0  # standard errors from which a difference to chance is called clear
 _BETWEEN_FRAMES = 110  # ms, of the clips in the contact sheets
 
@@ -280,7 +282,8 @@ def _table(scores: Mapping[str, Any]) -> str:
     return (f"<p class=note>Right or wrong by program, on scenes that training never draws (seed {settings['seed']}). Chance is what "
             "uniform guessing of well-formed scenes gives; a picture without any object scores 0. "
             f"Green: {_CLEAR:.0f} standard errors above chance. "
-            f"Rest preserved: PSNR against the source outside the changed region. Steadiness: 1 − mean change between frames.</p>"
+            f"Rest preserved: PSNR against the source outside the changed region. First and later frames: PSNR against the ideal target, "
+            f"where the references decide on it. Steadiness: 1 − mean change between frames.</p>"
             f"<table><tr><th></th><th>chance</th>{head}<th>trained / chance</th></tr>{''.join(rows)}</table>")
 
 
@@ -296,7 +299,7 @@ def _row(name: str, attributes: Sequence[Mapping[str, Any] | None]) -> str:
     def cell(a):
         if a is None:
             return "<td>–</td>"
-        text = _share(a["mean"]) if chance is not None else f"{a['mean']:.1f} dB" if name == "preserved" else f"{a['mean']:.3f}"
+        text = _share(a["mean"]) if chance is not None else f"{a['mean']:.1f} dB" if name in _DECIBELS else f"{a['mean']:.3f}"
         kinds = ["best"] * (a["mean"] == best and len(attributes) > 1) + ["clear"] * (chance is not None and above_chance(a) > _CLEAR)
         return f'<td class="{" ".join(kinds)}">{text}</td>'
 

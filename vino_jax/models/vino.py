@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from vino_jax.batch import Batch
+from vino_jax.batch import ROLE_MARKER, ROLE_PAD, Batch
 from vino_jax.models.connector import Connector, Queries
 from vino_jax.models.context import patchify, select_references
 from vino_jax.models.mmdit import MMDiT, Through, run_blocks
@@ -146,6 +146,8 @@ class Vino:
         dtype = self.runtime.compute_dtype
         if pool_BKP is None:
             pool_BKP = jnp.zeros((latents_BFHWC.shape[0], 0, self._token_values), jnp.float32)
+        if not self.config.boundary_tokens:
+            batch = batch.replace(role=jnp.where(batch.role == ROLE_MARKER, ROLE_PAD, batch.role))
         references = select_references(pool_BKP.astype(dtype), conditioning.markers_BLD, batch)
         mmdit = QUANTIZERS[self.runtime.quantize](self.parts["mmdit"](params["mmdit"]))
         return mmdit(latents_BFHWC.astype(dtype), time_B, references, batch.target_start, conditioning.context_BLC, conditioning.context_mask_BL,
