@@ -91,8 +91,8 @@ def _generate(flags: argparse.Namespace) -> int:
     for reason in problems.values():
         report.failed(reason)
     sample.generate_all(directory, tasks(outputs, root, problems), flags, defaults, report)
-    if processes.is_first():
-        write_seeds(flags.output, outputs)  # again: with --overwrite others were there before
+    if flags.overwrite and processes.is_first():
+        write_seeds(flags.output, outputs)  # again: others were there before
     return report.end(flags.output)
 
 
