@@ -87,6 +87,8 @@ def test_imgedit_rounds_as_its_scripts_do_and_averages_the_nine_types():
         texts[kind], types[kind] = judged(1, 2, i % 3), kind
     # 1.0 1.33 1.67 1.0 1.33 1.67 of the six
     assert imgedit(texts, types).overall == {"overall": pytest.approx((2.83 + 5.0 + 3.0 + 8.0) / 9)}
+    of_rounded = imgedit({"p": judged(2, 2, 1), "q": judged(2, 2, 1), "r": judged(1, 1, 1)}, dict.fromkeys("pqr", "add"))
+    assert of_rounded.parts["add"]["score"] == 1.45  # (1.67 + 1.67 + 1) / 3; of the marks as they are 1.44
     with pytest.raises(UserError, match="'z' is scored and is not in the prompt file"):
         imgedit({"z": judged(1)}, types)
 

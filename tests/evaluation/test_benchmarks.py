@@ -200,6 +200,8 @@ WRONG = {
     "an array, not an object": ("imgedit", [], "must be a JSON object"),
     "unknown edit type": ("imgedit", {"7": {**IMGEDIT["673"], "edit_type": "hybrid"}}, "'7': unknown edit_type 'hybrid'; known: add,"),
     "a key twice": ("imgedit", '{"7": {}, "7": {}}', "the key '7' occurs twice"),
+    "half a character": ("geneval", '{"prompt": "a \\ud83d", "tag": "colors"}', "line 1 is no JSON: 'utf-8' codec can't encode"),
+    "deep": ("imgedit", "[" * 99_999, "is no JSON"),
     "bytes": ("imgedit", b"\xff\xfe", "cannot read"),
 }
 

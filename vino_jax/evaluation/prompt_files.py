@@ -120,7 +120,9 @@ def _parse(text: str, where: str) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(text, object_pairs_hook=once)
+        parsed = json.loads(text, object_pairs_hook=once)
+        json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair can be read and neither written nor named
+        return parsed
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is no JSON: {error}") from None
 
