@@ -25,7 +25,7 @@ setup(
         "ml-dtypes>=0.5",  # bfloat16 in numpy
         "tensorboardX>=2.6",  # TensorBoard files without TensorFlow
         "tqdm>=4.66",  # progress bars
-        "pyarrow>=17",  # manifests in parquet
+        "pyarrow>=17",  # manifests in parquet; the tables of benchmarks that hold pictures
         "tensorflow-datasets>=4.9.9",  # the layout of ingested data: ArrayRecord shards that tfds.data_source loads; needs no TensorFlow
         "importlib-resources>=6",  # which tensorflow-datasets imports and does not declare
         "array-record>=0.8",  # writes them

@@ -35,17 +35,25 @@ from vino_jax.train import compile_cache
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags; a value that is not given is the checkpoint's own, else the published model's."""
     p = cli.Parser(prog="launch.sample", description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--checkpoint", required=True, type=Path, help="model checkpoint, or the workdir of a finished training run")
     p.add_argument("--tasks", required=True, type=Path, help="JSON array of {index, task, caption, ref_image_paths, ref_video_path, seed, ...}")
-    p.add_argument("--output", required=True, type=Path, help="folder of the results")
     p.add_argument("--root", type=Path, default=Path("."), help="where the paths in the task file start (default: here)")
+    p.add_argument("--seed", type=int, default=0, help="of the noise, for tasks that name none (default 0)")
+    p.add_argument("--initial_noise", type=Path, help=".npz with one array (1, C, T, H, W) a task, named by its index")
+    p.add_argument("--save_latents", action="store_true", help="also write <index>.npz: latents (1, C, T, H, W), scaled")
+    p.add_argument("--contact_sheet", type=Path, metavar="FILE.png", help="also write one picture of all results with their prompts")
+    add_sampling_flags(p)
+    return p
+
+
+def add_sampling_flags(p: argparse.ArgumentParser) -> None:
+    """What every command that generates takes; a value that is not given is the checkpoint's own, else the published model's."""
+    p.add_argument("--checkpoint", required=True, type=Path, help="model checkpoint, or the workdir of a finished training run")
+    p.add_argument("--output", required=True, type=Path, help="folder of the results")
     p.add_argument("--height", type=int, help="of pictures 640, of clips 480; a multiple of 16; with the width the budget of references")
     p.add_argument("--width", type=int, help="of pictures 640, of clips 848; a multiple of 16")
     p.add_argument("--num_frames", type=int, help="of clips, 4k+1, at most 89 (default 85)")
     p.add_argument("--steps", type=int, help="of denoising (default 50)")
-    p.add_argument("--seed", type=int, default=0, help="of the noise, for tasks that name none (default 0)")
     p.add_argument("--guidance", type=float, help="by the text (default 5 for pictures, 7 for clips)")
     p.add_argument("--image_guidance", type=float, help="by reference images; a third branch runs above 1.0 (default 1.0)")
     p.add_argument("--negative_prompt", help="for tasks that name none (default: the published model's, for pictures and for clips)")
@@ -53,16 +61,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--posterior", choices=POSTERIORS, default="sample", help="of the VAE for references (default sample)")
     p.add_argument("--vae_tiling", choices=TILINGS, default="frames",
                    help="the VAE takes long clips in windows of frames (default), or large pictures in tiles too, in less memory")
-    p.add_argument("--initial_noise", type=Path, help=".npz with one array (1, C, T, H, W) a task, named by its index")
-    p.add_argument("--save_latents", action="store_true", help="also write <index>.npz: latents (1, C, T, H, W), scaled")
-    p.add_argument("--contact_sheet", type=Path, metavar="FILE.png", help="also write one picture of all results with their prompts")
     p.add_argument("--mesh", help="sizes of mesh axes, as fsdp=2,seq=8 (default: all accelerators share each sample; on a CPU one device)")
     p.add_argument("--batch", type=int, default=1, help="tasks of equal shapes that are generated side by side (default 1)")
     p.add_argument("--step_cache", type=int, default=1, metavar="N",
                    help="run the blocks of the MMDiT in every N-th step alone, and in between add what they added last (default 1: in all)")
     p.add_argument("--compile_cache", type=Path, metavar="DIR", help="keep compiled programs here for later runs")
     p.add_argument("--overwrite", action="store_true", help="generate again what the output folder has already")
-    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,21 +82,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = Report(len(tasks) + len(problems))
     for problem in problems:
         report.failed(str(problem))
+    generate_all(directory, tasks, flags, defaults, report, noise)
+    if flags.contact_sheet and processes.is_first():
+        rows = [(f"{task.index}: {task.task}\n{task.caption}", path) for task in tasks if (path := finished(flags, task))]
+        write_sheet(flags.contact_sheet, rows)
+    return report.end(flags.output)
+
+
+def generate_all(directory: Path, tasks: Sequence[Task], flags: argparse.Namespace, defaults: SamplingConfig, report: "Report",
+                 noise: dict[str, np.ndarray] | None = None) -> None:
+    """Generate, with the model checkpoint at `directory`, the tasks whose results the output folder has not, each as <index>.png or .mp4
+    in it; a task that fails is reported and holds no other up. The model is loaded where something is left to do."""
     # what the first process finds: on a disk of its own another one would find other files, and wait for ever for who keeps what it has not
     done = {} if flags.overwrite else processes.of_first(lambda: kept(flags, tasks))
     for index, (path, differs) in done.items():
         report.kept(index, path, differs)
     waiting = [task for task in tasks if task.index not in done]
-    if waiting:
-        if flags.compile_cache:
-            compile_cache.use(str(flags.compile_cache))
-        generator = Generator.load(directory, dtype=flags.dtype, mesh=flags.mesh, vae_tiling=flags.vae_tiling, tell=report.progress)
-        for group in in_groups(_packed(generator, waiting, flags, noise, report), shapes, flags.batch):
-            generate(generator, group, flags, defaults, noise, report)
-    if flags.contact_sheet and processes.is_first():
-        rows = [(f"{task.index}: {task.task}\n{task.caption}", path) for task in tasks if (path := finished(flags, task))]
-        write_sheet(flags.contact_sheet, rows)
-    return report.end(flags.output)
+    if not waiting:
+        return
+    if flags.compile_cache:
+        compile_cache.use(str(flags.compile_cache))
+    generator = Generator.load(directory, dtype=flags.dtype, mesh=flags.mesh, vae_tiling=flags.vae_tiling, tell=report.progress)
+    for group in in_groups(_packed(generator, waiting, flags, noise, report), shapes, flags.batch):
+        generate(generator, group, flags, defaults, noise, report)
 
 
 def asked(flags: argparse.Namespace) -> Asked:

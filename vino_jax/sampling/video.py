@@ -79,7 +79,7 @@ def read_frames(path: Path) -> list[np.ndarray]:
                 return [np.asarray(image.convert("RGB"))]
         with av.open(str(path)) as container:
             return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (OSError, ValueError, av.FFmpegError) as error:
+    except (OSError, ValueError, IndexError, av.FFmpegError) as error:  # IndexError: of a file cut off before its stream is told of
         raise UserError(f"cannot read {path}: {error}") from None
 
 
