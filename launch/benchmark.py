@@ -6,7 +6,7 @@
 
 generate writes OUTPUT in the layout of the benchmark's scorer, and OUTPUT/seeds.json: path -> {seed, prompt}. What is there already is kept.
 Ends with 0; with 1 where an output failed, is missing or cannot be read, or no overall score comes of what is there; with 2 when flags or
-files are wrong. docs/evaluation.md says where the prompt files come from and how each scorer is run.
+files are wrong. docs/public_benchmarks.md says where the prompt files come from and how each scorer is run.
 """
 import argparse
 import dataclasses

@@ -133,8 +133,7 @@ def imgedit(texts: Mapping[str, str], types: Mapping[str, str]) -> Scores:
 
     An item's score: the mean of the whole numbers at the end of lines `words: N`, to 2 decimals; a text without one has none
     (PKU-YuanGroup/ImgEdit, Benchmark/Basic/step1_get_avgscore.py). A type's: the mean of its items, to 2 decimals (step2_typescore.py).
-    Overall: the mean of the nine types. The repository's scripts stop at the types: that overall is the papers', taken here from the tables
-    of later papers, whose overall is the plain mean of the nine columns.
+    Overall: the mean of the nine types. The repository's scripts stop at the types; that papers take this mean was not checked.
     """
     gathered: dict[str, list[float]] = defaultdict(list)
     silent = 0
