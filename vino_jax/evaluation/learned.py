@@ -78,7 +78,7 @@ class _Clip:
         torch = _torch()
         frames = output if output.ndim == 4 else output[None]
         self._seen += 1
-        self._cut += len(self._tokenizer(caption)["input_ids"]) > self._longest
+        self._cut += len(self._tokenizer(caption, verbose=False)["input_ids"]) > self._longest
         with torch.inference_mode():
             words = self._tokenizer([caption], truncation=True, max_length=self._longest, return_tensors="pt").to(self._device)
             text = torch.nn.functional.normalize(self._model.get_text_features(**words), dim=-1)[0]
