@@ -143,7 +143,7 @@ def serves(metric: Metric | Learned, path: Path) -> bool:
 
 
 def of_set(metric: Metric | Learned) -> bool:
-    return isinstance(metric, Learned) and metric.of_set
+    return isinstance(metric, Learned) and metric.features > 0
 
 
 def lacking(name: str, metric: Metric | Learned, outputs: Mapping[str, Path], given: Mapping[str, Any], flags: argparse.Namespace) -> str:
@@ -169,7 +169,7 @@ def choose(asked: Sequence[str] | None, outputs: Mapping[str, Path], given: Mapp
         if reason and asked:
             raise UserError(f"{name} cannot be measured: {reason}")
         if isinstance(metric, Learned) and getattr(flags, name) is None:
-            reason = f"--{name} is not given: {metric.weights}"
+            reason += ("; " if reason else "") + f"--{name} is not given: {metric.weights}"
         if reason:
             absent[name] = reason
         else:

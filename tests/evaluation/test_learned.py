@@ -9,6 +9,7 @@ import torch
 from scipy.linalg import sqrtm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast
 
+from tests.evaluation.scripts import I3d, save
 from vino_jax.errors import UserError
 from vino_jax.evaluation.frechet import Moments, distance, frechet_distance
 from vino_jax.evaluation.learned import LEARNED
@@ -146,40 +147,9 @@ def test_a_folder_that_is_no_clip(tmp_path):
 # --- TorchScript files, of the same signatures ---
 
 
-class Vgg(torch.nn.Module):
-    """As vgg16.pt is called: pixels in 0..255, features whose squared distance is LPIPS."""
-
-    def forward(self, img: torch.Tensor, resize_images: bool = True, return_lpips: bool = False) -> torch.Tensor:
-        if resize_images or not return_lpips:
-            raise RuntimeError("not what LPIPS is")
-        return torch.cat([img.mean(dim=[2, 3]) / 255, img.flatten(1)[:, :5] / 510], dim=1)
-
-
-class Inception(torch.nn.Module):
-    """As inception-2015-12-05.pt is called."""
-
-    def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        if img.dtype != torch.uint8 or not return_features:
-            raise RuntimeError("uint8 and features are wanted")
-        x = torch.nn.functional.interpolate(img.float(), size=[32, 32]) / 255
-        return x.flatten(1)[:, :2048]
-
-
-class I3d(torch.nn.Module):
-    """As i3d_torchscript.pt is called: (batch, 3, frames, height, width)."""
-
-    def forward(self, x: torch.Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> torch.Tensor:
-        if x.dim() != 5 or x.shape[1] != 3 or not (rescale and resize and return_features):
-            raise RuntimeError("a batch of clips, rescaled and resized, is wanted")
-        return torch.nn.functional.interpolate(x.float() / 127.5 - 1, size=[2, 10, 20]).flatten(1)[:, :400]
-
-
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scripts")
-    for name, module in (("lpips", Vgg()), ("fid", Inception()), ("fvd", I3d())):
-        torch.jit.script(module).save(str(folder / f"{name}.pt"))
-    return folder
+    return save(tmp_path_factory.mktemp("scripts"))
 
 
 def test_lpips_is_the_squared_distance_of_its_features(scripts):
@@ -202,7 +172,7 @@ def test_features_of_pictures_and_clips(scripts):
     assert fid.shape == (1, 2048) and fid.dtype == np.float64
     np.testing.assert_allclose(fid[0], (picture[0] / 255).transpose(2, 0, 1).ravel()[:2048], rtol=1e-6)
     with torch.no_grad():
-        wanted = I3d()(torch.from_numpy(clip).permute(3, 0, 1, 2)[None], True, True, True)
+        wanted = I3d(400)(torch.from_numpy(clip).permute(3, 0, 1, 2)[None], True, True, True)
     np.testing.assert_allclose(LEARNED["fvd"].open(scripts / "fvd.pt")(clip), wanted.numpy(), rtol=1e-6)
 
 

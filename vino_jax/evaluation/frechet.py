@@ -41,13 +41,14 @@ def frechet_distance(mean_a_D: np.ndarray, cov_a_DD: np.ndarray, mean_b_D: np.nd
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of covariances A and B: the squared 2-Wasserstein distance of two Gaussians (Dowson and
     Landau 1982; of Inception's features the FID of Heusel et al. 2017).
 
-    The trace of the root is the sum of the roots of the eigenvalues of R B R, R = A^(1/2): the same as those of A B, but R B R is symmetric,
+    The trace of the root is the sum of the roots of the eigenvalues of R' B R, A = R R': the same as those of A B, but R' B R is symmetric,
     so no complex part arises, and rounding below 0 is cut off. Works with singular covariances. Never below 0.
     """
     values, vectors = np.linalg.eigh(np.asarray(cov_a_DD, np.float64))
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    product = root @ np.asarray(cov_b_DD, np.float64) @ root
-    shared = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(0)).sum()
+    real = values > values[-1] * len(values) * np.finfo(np.float64).eps  # of few samples few: what follows is small, and fast
+    root_DR = vectors[:, real] * np.sqrt(values[real])
+    product_RR = root_DR.T @ np.asarray(cov_b_DD, np.float64) @ root_DR
+    shared = np.sqrt(np.linalg.eigvalsh((product_RR + product_RR.T) / 2).clip(0)).sum()
     apart = np.square(np.asarray(mean_a_D, np.float64) - mean_b_D).sum()
     return max(0.0, float(apart + np.trace(cov_a_DD) + np.trace(cov_b_DD) - 2 * shared))
 

@@ -21,18 +21,18 @@ _BATCH = 16  # frames in one pass of CLIP
 class Learned:
     """A metric with weights; needs, media and better as Metric's.
 
-    of_set False: what `open` gives takes an output and what `needs` names, and gives a number. True: it takes one picture (1, H, W, 3) or
-    clip (F, H, W, 3), uint8, and gives its features (1, D) float64; the number is the Fréchet distance of two sets of them.
-    opener: called with the path and the device. folder: the path is one. weights: what the path is and where it comes from, for messages.
+    features 0: what `open` gives takes an output and what `needs` names, and gives a number. Else: it takes one picture (1, H, W, 3) or
+    clip (F, H, W, 3), uint8, and gives so many features (1, D) float64; the number is the Fréchet distance of two sets of them.
+    opener: called with the path and the device, and with `features` where there are some. folder: the path is one. weights: what the path is and where it comes from, for messages.
     """
 
     needs: str
     media: str
     better: str
-    of_set: bool
+    features: int
     folder: bool
     weights: str
-    opener: Callable[[Path, str], Callable[..., Any]]
+    opener: Callable[..., Callable[..., Any]]
 
     def open(self, path: Path | None, device: str = "cpu") -> Callable[..., Any]:
         """The score, with its weights loaded. path: of `weights`; device: as PyTorch calls it. Raises UserError where the path is not
@@ -46,7 +46,7 @@ class Learned:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # the latter of a build without CUDA
             raise UserError(f"PyTorch cannot use the device {device!r}: {str(error).splitlines()[0]}") from None
-        return self.opener(path, device)
+        return self.opener(path, device, *([self.features] if self.features else []))
 
 
 def _torch():
@@ -111,7 +111,7 @@ def _told(path: Path) -> Iterator[None]:
     try:
         with _torch().inference_mode():
             yield
-    except RuntimeError as error:  # its last lines say what, those before where in the script
+    except (RuntimeError, _torch().jit.Error) as error:  # its last line says what, those before where in the script
         raise UserError(f"{path} failed; is it the right file? {str(error).strip().splitlines()[-1]}") from None
 
 
@@ -132,16 +132,16 @@ def _open_lpips(path: Path, device: str) -> Callable[[np.ndarray, np.ndarray], f
     return score
 
 
-def _feature_opener(width: int, arrange: Sequence[int], add_batch: bool, **arguments: bool):
-    """An opener of a script that makes `width` features of uint8 pixels whose dims are ordered by `arrange`."""
-    def open_features(path: Path, device: str) -> Callable[[np.ndarray], np.ndarray]:
+def _feature_opener(arrange: Sequence[int], add_batch: bool, **arguments: bool):
+    """An opener of a script that makes features of uint8 pixels whose dims are ordered by `arrange`."""
+    def open_features(path: Path, device: str, width: int) -> Callable[[np.ndarray], np.ndarray]:
         torch, script = _torch(), _load_script(path, device)
 
         def features(pixels_FHWC: np.ndarray) -> np.ndarray:
             with _told(path):
-                seen = torch.from_numpy(np.ascontiguousarray(pixels_FHWC)).to(device).permute(*arrange).contiguous()
+                seen = torch.from_numpy(np.array(pixels_FHWC)).to(device).permute(*arrange).contiguous()
                 found = script(seen[None] if add_batch else seen, **arguments).double().cpu().numpy()
-            if found.ndim != 2 or found.shape[1] != width:
+            if found.shape != (1, width):
                 raise UserError(f"{path} gives features of shape {found.shape}, (1, {width}) are needed; is it the right file?")
             return found
 
@@ -151,14 +151,14 @@ def _feature_opener(width: int, arrange: Sequence[int], add_batch: bool, **argum
 
 
 LEARNED: dict[str, Learned] = {
-    "clip": Learned("caption", "any", "higher", of_set=False, folder=True, opener=_Clip,
+    "clip": Learned("caption", "any", "higher", features=0, folder=True, opener=_Clip,
                     weights="a folder as transformers' CLIPModel and CLIPProcessor save it, such as openai/clip-vit-large-patch14"),
-    "lpips": Learned("reference", "any", "lower", of_set=False, folder=False, opener=_open_lpips,
+    "lpips": Learned("reference", "any", "lower", features=0, folder=False, opener=_open_lpips,
                      weights="vgg16.pt of NVlabs/stylegan2-ada-pytorch, a TorchScript file"),
-    "fid": Learned("reference", "picture", "lower", of_set=True, folder=False,
-                   opener=_feature_opener(2048, (0, 3, 1, 2), False, return_features=True),
+    "fid": Learned("reference", "picture", "lower", features=2048, folder=False,
+                   opener=_feature_opener((0, 3, 1, 2), False, return_features=True),
                    weights="inception-2015-12-05.pt of NVlabs/stylegan2-ada-pytorch, a TorchScript file"),
-    "fvd": Learned("reference", "clip", "lower", of_set=True, folder=False,
-                   opener=_feature_opener(400, (3, 0, 1, 2), True, rescale=True, resize=True, return_features=True),
+    "fvd": Learned("reference", "clip", "lower", features=400, folder=False,
+                   opener=_feature_opener((3, 0, 1, 2), True, rescale=True, resize=True, return_features=True),
                    weights="i3d_torchscript.pt of universome/stylegan-v, a TorchScript file"),
 }
