@@ -23,7 +23,8 @@ class Learned:
 
     features 0: what `open` gives takes an output and what `needs` names, and gives a number. Else: it takes one picture (1, H, W, 3) or
     clip (F, H, W, 3), uint8, and gives so many features (1, D) float64; the number is the Fréchet distance of two sets of them.
-    opener: called with the path and the device, and with `features` where there are some. folder: the path is one. weights: what the path is and where it comes from, for messages.
+    folder: the path is one. weights: what it holds and where that comes from, for messages. opener: called with the path and the device, and
+    with `features` where there are some.
     """
 
     needs: str
