@@ -1,4 +1,4 @@
-"""Measure pictures and clips that lie in folders: against references, sources and captions, with weights from local paths where a metric has some.
+"""Measure pictures and clips that lie in folders, against references, sources and captions; with weights from local paths.
 
     python -m launch.measure --outputs DIR [--references DIR] [--sources DIR] [--captions FILE.json] [--metrics psnr,ssim,...]
                              [--clip DIR] [--lpips FILE] [--fid FILE] [--fvd FILE] [--json OUT.json]
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.json:
         check_json(flags.json)
     results = measure({name: open_metric(name, metric, flags) for name, metric in chosen.items()}, outputs, given)
-    summaries = {name: summary(name, result) for name, result in results.items()}
+    summaries = {name: summary(result) for name, result in results.items()}
     report = build_report(results, summaries, absent, flags)
     for line in told(results, summaries, absent):
         print(line, flush=True)
@@ -151,10 +151,10 @@ def lacking(name: str, metric: Metric | Learned, outputs: Mapping[str, Path], gi
     needed = given.get(metric.needs)
     if metric.needs and needed is None:
         return f"--{FLAG[metric.needs]} is not given"
-    if not any(serves(metric, path) for path in outputs.values()):
-        return f"there is no {metric.media} in {flags.outputs}"
-    if of_set(metric) and not any(serves(metric, path) for path in needed.values()):
-        return f"there is no {metric.media} in {flags.references}"
+    fewest, sets = (2, ((flags.outputs, outputs), (flags.references, needed))) if of_set(metric) else (1, ((flags.outputs, outputs),))
+    for folder, files in sets:
+        if sum(serves(metric, path) for path in files.values()) < fewest:
+            return f"there is no {metric.media} in {folder}" if fewest == 1 else f"there are not two {metric.media}s in {folder}"
     return ""
 
 
@@ -275,14 +275,11 @@ def add_features(metric: str, result: Result, which: str, path: Path, pixels: np
 # --- telling ---
 
 
-def summary(name: str, result: Result) -> dict[str, Any]:
-    """What is written of a metric. Raises UserError for a set that is too small."""
+def summary(result: Result) -> dict[str, Any]:
+    """What is written of a metric."""
     common = {"better": result.metric.better, "notes": result.notes()}
     if of_set(result.metric):
-        try:
-            value, notes = distance(result.sets["outputs"], result.sets["references"])
-        except ValueError as error:
-            raise UserError(f"{name}: {error}") from None
+        value, notes = distance(result.sets["outputs"], result.sets["references"])
         return {**common, "notes": common["notes"] + notes, "value": value, **{which: m.count for which, m in result.sets.items()}}
     finite = [value for value in result.values.values() if math.isfinite(value)]
     mean = math.fsum(finite) / len(finite) if finite else None

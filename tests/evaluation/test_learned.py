@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast
 
@@ -137,6 +138,15 @@ def test_clip_tells_of_captions_that_are_too_long(clip_folder):
     assert value == pytest.approx(max(0, clip_by_hand(clip_folder, frames, "a b c d e f g h i j k l m n o p q r s")[0]), abs=1e-4)
     score(frames, "a b c d e f g h i j k l m n")  # 14 and two ends: just fits
     assert score.notes() == ["1 of 2 captions were cut at the model's 16 tokens"]
+
+
+def test_half_a_clip_is_not_filled_with_random_values(clip_folder, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(clip_folder, half)
+    weights = {k: v for k, v in load_file(half / "model.safetensors").items() if not k.startswith("vision_model")}
+    save_file(weights, half / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"half is no whole CLIP model: \d+ tensors are missing, such as vision_model\."):
+        LEARNED["clip"].open(half)
 
 
 def test_a_folder_that_is_no_clip(tmp_path):

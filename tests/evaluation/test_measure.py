@@ -227,14 +227,14 @@ WRONG = {
     "no metric": ("--outputs {t}/only_a --metrics ,", "--metrics names none"),
     "nothing to compare with": ("--outputs {t}/only_a --metrics psnr", "psnr cannot be measured: --references is not given"),
     "no clip": ("--outputs {t}/only_a --metrics motion", "motion cannot be measured: there is no clip in {t}/only_a"),
-    "no reference clip": ("--outputs {t}/clip_a --references {t}/only_a --metrics fvd --fvd {f}/fvd.pt", "fvd cannot be measured: there is no"),
+    "no reference clip": ("--outputs {t}/clip_a --references {t}/only_a --metrics fvd --fvd {f}/fvd.pt", "fvd cannot be measured: there are not"),
     "nothing at all": ("--outputs {t}/only_a", "nothing can be measured: psnr: --references is not given; "),
     "no weights at all": ("--outputs {f}/outputs --references {f}/references --metrics fid", "nothing can be measured: fid: --fid is not given"),
-    "not a number": ("--outputs {t}/only_a --references {t}/only_a --metrics lpips --lpips {f}/nan.pt", "lpips of {t}/only_a/a.png and {t}/only"),
-    "features that are none": ("--outputs {t}/only_a --references {t}/only_a --metrics fid --fid {f}/fvd.pt", "{f}/fvd.pt failed; is it the right"),
-    "one sample": ("--outputs {t}/only_a --references {f}/references --metrics fid --fid {f}/fid.pt", "fid: a covariance needs two samples"),
+    "not a number": ("--outputs {t}/only_a --references {t}/only_a --metrics lpips --lpips {f}/nan.pt", "lpips of {t}/only_a/a.png and "),
+    "features that are none": ("--outputs {f}/outputs --references {f}/references --metrics fid --fid {f}/fvd.pt", "{f}/fvd.pt failed; is it the"),
+    "one sample": ("--outputs {t}/only_a --references {f}/references --metrics fid --fid {f}/fid.pt", "fid cannot be measured: there are not two"),
     "weights that are not there": ("--outputs {f}/outputs --references {f}/references --lpips {t}/no.pt", "there is no file {t}/no.pt; needed is"),
-    "weights of another form": ("--outputs {f}/outputs --references {f}/references --lpips {t}/words.json", "{t}/words.json is no TorchScript file"),
+    "weights of another form": ("--outputs {f}/outputs --references {f}/references --lpips {t}/words.json", "{t}/words.json is no Torch"),
     "captions: none": ("--outputs {t}/only_a --captions {t}/no.json", "cannot read the captions {t}/no.json: No such file"),
     "captions: no json": ("--outputs {t}/only_a --captions {t}/words.json", "the captions {t}/words.json must be a JSON object"),
     "captions: a number": ("--outputs {t}/only_a --captions {t}/number.json", "the captions {t}/number.json must be a JSON object"),
@@ -243,7 +243,7 @@ WRONG = {
     "captions: blank": ("--outputs {t}/only_a --captions {t}/blank.json", "the caption of 'a' in {t}/blank.json is no text"),
     "threshold": ("--outputs {t}/only_a --changed_threshold nan", "--changed_threshold nan must be within 0..255"),
     "a folder to write": ("--outputs {t}/only_a --references {t}/only_a --json {t}/empty", "--json {t}/empty is a folder"),
-    "a place that takes nothing": ("--outputs {t}/only_a --references {t}/only_a --json /proc/none/x.json", "cannot write to the folder /proc/none"),
+    "a place that takes nothing": ("--outputs {t}/only_a --references {t}/only_a --json /proc/none/x.json", "cannot write to the folder /proc/"),
 }
 
 

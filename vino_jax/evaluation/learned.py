@@ -68,12 +68,15 @@ class _Clip:
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
         try:
-            self._model = CLIPModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+            model, loading = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # whatever transformers makes of a damaged folder
             raise UserError(f"{folder} is no CLIP model that transformers reads: {error}") from None
-        self._device, self._longest, self._cut, self._seen = device, self._model.config.text_config.max_position_embeddings, 0, 0
+        if lost := sorted(loading["missing_keys"]):  # which transformers fills with random values
+            raise UserError(f"{folder} is no whole CLIP model: {len(lost)} tensors are missing, such as {lost[0]}")
+        self._model, self._device = model.to(device).eval(), device
+        self._longest, self._cut, self._seen = model.config.text_config.max_position_embeddings, 0, 0
 
     def __call__(self, output: np.ndarray, caption: str) -> float:
         torch = _torch()
