@@ -18,6 +18,7 @@ setup(
         "ml-collections>=1.1,<2",  # config files
         "numpy>=2.0",
         "scipy>=1.14",  # connected components in the shapes scorer
+        "opencv-python-headless>=4.10",  # Farneback's optical flow, by which OpenS2V-Eval measures motion; Apache-2.0, no display libraries
         "pillow>=11",  # pictures
         "av>=14",  # clips, decoded and written
         "transformers>=4.57,<5",  # Qwen's tokenizer; 5.x expands a video's tokens in another way than the published weights saw
@@ -34,6 +35,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
         "gpu": ["jax[cuda13]>=0.10.2,<0.11"],
         "int8": ["qwix>=0.1.8,<0.2"],  # products in int8: runtime.quantize
+        "metrics": ["torch>=2.6"],  # runs the weights of CLIP, LPIPS, FID and FVD, which are PyTorch's: launch.measure
         "convert": ["torch>=2.6"],  # only to read .ckpt and .pt pickles; safetensors need none
         "test": [
             "torch==2.13.0",  # the reference of the parity tests, on the CPU

@@ -27,9 +27,10 @@ ARROWS = {
 }
 # third-party package -> where alone it may be imported, as path prefixes
 ONLY_IN = {
-    "torch": ("vino_jax/convert/io.py", "tests/"),
+    "torch": ("vino_jax/convert/io.py", "vino_jax/evaluation/learned.py", "tests/"),
     "diffusers": ("tests/",),
-    "transformers": ("data_pipelines/prompts.py", "tests/"),
+    "transformers": ("data_pipelines/prompts.py", "vino_jax/evaluation/learned.py", "tests/"),
+    "cv2": ("vino_jax/evaluation/metrics.py", "tests/"),
     "grain": ("data_pipelines/", "tests/"),
     "tensorflow_datasets": ("data_pipelines/", "tests/"),
     "orbax": ("vino_jax/checkpoint/", "tests/"),
@@ -80,7 +81,7 @@ def test_what_setup_py_asks_for_is_imported():
     tree = ast.parse((ROOT / "setup.py").read_text())
     wanted = next(k.value for k in ast.walk(tree) if isinstance(k, ast.keyword) and k.arg == "install_requires").elts
     borrowed = {"importlib-resources"}  # which tensorflow_datasets imports and does not ask for
-    modules = {"orbax-checkpoint": "orbax", "pillow": "PIL"}  # where the name is another one
+    modules = {"orbax-checkpoint": "orbax", "pillow": "PIL", "opencv-python-headless": "cv2"}  # where the name is another one
     names = {re.split("[<>=]", entry.value)[0] for entry in wanted}
     imported = {name.split(".")[0] for path in sources() if ROOT / "tests" not in path.parents for name in imports(path)}
     assert {modules.get(name, name.replace("-", "_")) for name in names - borrowed} <= imported

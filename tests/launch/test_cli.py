@@ -23,6 +23,7 @@ COMMANDS = {
     "convert: import": "import --output {} --vino {} --mmdit {} --vae {} --vlm {}",
     "convert: export": "export --checkpoint {} --output {} --format vino",
     "convert: verify": "verify --checkpoint {} --against a {}",
+    "measure": "--outputs {} --references {} --sources {} --captions {} --json {} --clip {} --lpips {} --fid {} --fvd {}",
     "demo": "--output {}",
     "make_vlm": "--output {}",
 }
