@@ -127,6 +127,15 @@ class Candidate:
     directory: Path
     weights: str = ""
 
+    def check(self) -> None:
+        """Raises UserError where there is no such checkpoint."""
+        if not self.weights:
+            checkpoint.read_info(self.directory)
+        elif is_run(self.directory):
+            run_weights(self.directory, average=False)
+        else:
+            raise UserError(f"{self.directory} is no training run, of which @{self.weights} could be read")
+
     def identity(self) -> dict[str, Any]:
         """What scores of it belong to."""
         if self.weights:
@@ -135,18 +144,12 @@ class Candidate:
         return {"checkpoint": str(self.directory), "written": (self.directory / "model.json").stat().st_mtime_ns}
 
 
-def read_candidate(text: str) -> Candidate:
-    """Raises UserError where there is no checkpoint."""
+def named_candidate(text: str) -> Candidate:
+    """Raises UserError for an address that is no path."""
     path, at, weights = text.rpartition("@")
     if at and weights in WEIGHTS:
-        directory = cli.local_path(path)
-        if not is_run(directory):
-            raise UserError(f"{text}: {directory} is no training run; without @{weights} it is taken for a model checkpoint")
-        run_weights(directory, average=False)
-        return Candidate(directory, weights)
-    directory = model_directory(cli.local_path(text))
-    checkpoint.read_info(directory)
-    return Candidate(directory)
+        return Candidate(cli.local_path(path), weights)
+    return Candidate(model_directory(cli.local_path(text)))
 
 
 def read_candidates(flags: argparse.Namespace) -> dict[str, Candidate]:
@@ -157,7 +160,10 @@ def read_candidates(flags: argparse.Namespace) -> dict[str, Candidate]:
         if not equals or not name.replace("_", "").isalnum() or name in found:
             raise UserError(f"--against {entry!r} must be NAME=DIR, each name once, of letters, digits and _ ('{MAIN}' is --checkpoint's)")
         found[name] = directory
-    return {name: read_candidate(text) for name, text in found.items()}
+    candidates = {name: named_candidate(text) for name, text in found.items()}
+    for candidate in candidates.values():
+        candidate.check()
+    return candidates
 
 
 def read_names(flag: str, text: str, known: Sequence[str]) -> list[str]:

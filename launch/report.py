@@ -21,10 +21,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", action="append", default=[], metavar="NAME=WORKDIR", help="a training run; may be repeated")
     parser.add_argument("--title", default="Evaluation", help='(default "Evaluation")')
     flags = parser.parse_args(argv)
+    runs = read_runs(flags.run)
     if flags.output.suffix != ".html":
         raise UserError(f"--output {flags.output} must end with .html")
     path = write_report(flags.output, title=flags.title, lead=f"Checkpoints on samples that training never draws, from {flags.evaluation}.",
-                        facts={"date": date.today().isoformat()}, runs=read_runs(flags.run), evaluation=flags.evaluation)
+                        facts={"date": date.today().isoformat()}, runs=runs, evaluation=flags.evaluation)
     print(f"report: {path}, {path.with_suffix('.json')}", flush=True)
 
 

@@ -69,13 +69,17 @@ def test_scores_samples_and_what_is_kept(folder, tmp_path, capsys):
     made = {str(p.relative_to(tmp_path / "a" / "outputs")) for p in (tmp_path / "a" / "outputs").rglob("*.*")}
     names = ("t2i/000.png", "t2i/001.png", "t2i/002.png", "tv2v/000.mp4", "tv2v/001.mp4")
     assert made == {f"{checkpoint}/{name}" for checkpoint in ("base", "trained") for name in names}
-    sample = json.loads((tmp_path / "a" / "samples.json").read_text())["tv2v"]
-    assert len(sample) == 1 and all((tmp_path / "a" / f).exists() for f in [sample[0]["ideal"], *sample[0]["references"]])
+    first, worst = json.loads((tmp_path / "a" / "samples.json").read_text())["tv2v"]
+    assert "worst" not in first and worst["worst"] == ["followed"]  # random weights follow nothing
+    assert all((tmp_path / "a" / f).exists() for sample in (first, worst) for f in [sample["ideal"], *sample["references"]])
+    assert trained["loss"]["tasks"].keys() == {"t2i", "tv2v"} and len(trained["loss"]["rows"]) == 6
+    assert [(r["task"], r["index"]) for r in base["loss"]["rows"]] == [(r["task"], r["index"]) for r in trained["loss"]["rows"]]
+    assert base["loss"]["loss"] != trained["loss"]["loss"]
     with pytest.raises(UserError, match="seed = 0, not 1"):
         run(folder, tmp_path / "a", "--tasks", "t2i", "--seed", 1)
 
     anew = run(folder, tmp_path / "b", "--tasks", "t2i", "--batch", 3)  # the seed decides, the batch does not
-    assert anew["trained"]["tasks"]["t2i"]["attributes"] == trained["tasks"]["t2i"]["attributes"]
+    assert anew == alone  # the whole of it: losses, scores, and no times
     a, b = (np.asarray(Image.open(tmp_path / name / "outputs/trained/t2i/001.png"), int) for name in "ab")
     assert np.abs(a - b).max() <= 1
 

@@ -10,13 +10,15 @@ import pytest
 
 from configs import common
 from configs.data import bucket
-from launch import convert, data, train
+from launch import convert, data, evaluate, train
 from tests.data.folders import SMALL_VLM
 from tests.train import tiny
 from vino_jax.checkpoint import model as model_checkpoint
 from vino_jax.checkpoint.run import complete_steps, read_leaves
 from vino_jax.convert.io import open_source
 from vino_jax.errors import UserError
+from vino_jax.nn.module import by_path
+from vino_jax.sharding.mesh import make_mesh
 from vino_jax.train.config import run_config
 
 SOURCES = {name: {"source": f"somewhere/{name}", "sha256": name} for name in ("vae", "vlm", "mmdit")}
@@ -159,3 +161,22 @@ def test_a_run_without_a_checkpoint_has_nothing_to_export(initial, processor, tm
     with pytest.raises(UserError, match="has no complete checkpoint yet"):
         convert.export_parts(tmp_path / "run", tmp_path / "out", "vino")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_evaluated_as_its_model_is(finished, initial, processor):
+    """RUN@average as model/ holds it, RUN@raw as the last checkpoint does, on a mesh of its own."""
+    models = evaluate.Models(config(initial, processor, 3), make_mesh({"fsdp": 2}, jax.devices()[:2]))
+    workdir, weights = finished.workdir, {}
+    for weight in ("", "average", "raw"):
+        model = models.load(evaluate.named_candidate(f"{workdir}@{weight}" if weight else str(workdir)))
+        assert model.facts["fresh"] == [] and model.sampler.params.keys() == tiny.vino().parts.keys()
+        weights[weight] = by_path(jax.device_get(model.sampler.params))
+    for path, array in weights[""].items():
+        np.testing.assert_array_equal(weights["average"][path], array, err_msg=path)
+    trained = {path: array for path, array in weights["raw"].items() if path.startswith("mmdit/double")}
+    names = {".".join(("trainable", *path.split("/"))): path for path in trained}
+    for name, stored in read_leaves(workdir / "checkpoints" / "stage2", 3, list(names)):
+        np.testing.assert_array_equal(stored, trained[names[name]], err_msg=name)
+    assert any((weights["average"][path] != array).any() for path, array in trained.items())
+    with pytest.raises(UserError, match="is no training run, of which @raw could be read"):
+        evaluate.named_candidate(f"{initial}@raw").check()

@@ -25,6 +25,8 @@ COMMANDS = {
     "convert: verify": "verify --checkpoint {} --against a {}",
     "measure": "--outputs {} --references {} --sources {} --captions {} --json {} --clip {} --lpips {} --fid {} --fvd {}",
     "demo": "--output {}",
+    "report": "--evaluation {} --output {} --run a={}",
+    "experiment": "--name queries --output {}",
     "make_vlm": "--output {}",
 }
 
