@@ -7,9 +7,13 @@ import pytest
 
 from configs import common
 from configs.data import bucket
+from data_pipelines.held_out import HeldOutRows
+from data_pipelines.loader import Packer
 from data_pipelines.prompts import Prompter
+from launch.data import held_out_source
 from launch.held_out import HeldOutLoss, record
 from tests import tolerances
+from tests.data import real
 from tests.data.folders import SMALL_VLM
 from tests.train import tiny
 from vino_jax.errors import UserError
@@ -56,6 +60,17 @@ def test_the_record_of_a_run(one_device):
     values = record(one_device)
     assert values["loss"] == one_device["loss"] and values["loss_t0.3"] == one_device["by_bin"]["t0.3"]
     assert values["loss_ti2i"] == one_device["tasks"]["ti2i"]["loss"] and len(values) == 1 + 10 + 2
+
+
+def test_your_own_held_out_items_are_packed_as_training_s_are(tmp_path):
+    manifest = real.write_manifest(tmp_path)
+    given = config(source="media", manifest="training.jsonl", held_out=str(manifest), root=str(tmp_path))
+    specs, prompter = list(given.buckets.values()), Prompter(SMALL_VLM)
+    source = held_out_source(given, specs, ("ti2i",), prompter)
+    rows = HeldOutRows(("ti2i",), specs, source, 2)
+    (step, name, batch), = (Packer(source, rows, prompter, (0,), 1, (2.0, 3.0)).batch(step) for step in range(len(rows)))
+    assert name == "edit" and batch.target.shape == (2, 1, 32, 32, 3) and batch.tokens.shape == (2, 96)
+    assert len(list(rows.rows(0))) == min(2, source.count("ti2i", specs[0]))
 
 
 def test_a_source_without_held_out_samples_is_told():
