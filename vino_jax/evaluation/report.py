@@ -18,7 +18,7 @@ from PIL import Image
 from vino_jax.checkpoint.atomic import write_text
 from vino_jax.errors import UserError
 from vino_jax.evaluation.chart import COLOURS, Line, label, legend, line_chart, smooth
-from vino_jax.evaluation.report_loss import APART, loss_chart, loss_reading, loss_section
+from vino_jax.evaluation.report_loss import loss_chart, loss_reading, loss_section
 from vino_jax.settings import read_json
 
 MAIN = "trained"  # the checkpoint that the report is about
@@ -31,6 +31,7 @@ WORDS = {"colour": "colour", "shape": "shape", "count": "count", "relation": "re
          "followed": "instruction followed", "preserved": "rest preserved (PSNR)", "steadiness": "steadiness",
          "first_frame": "first frame (PSNR)", "later_frames": "later frames (PSNR)"}
 _DECIBELS = ("preserved", "first_frame", "later_frames")
+_APART = 2.0  # standard errors from which the rates of two models differ
 _CLEAR = 3.0  # standard errors from which a difference to chance is called clear
 _BETWEEN_FRAMES = 110  # ms, of the clips in the contact sheets
 
@@ -157,7 +158,7 @@ def reading(scores: Mapping[str, Any], main: str = MAIN) -> list[str]:
 def _comparison(found: Mapping[str, Any], main: str, other: str) -> list[str]:
     better, worse, even = [], [], 0
     for task, name, a, b in _pairs(found, main, other):
-        if abs(ahead(a, b)) <= APART:
+        if abs(ahead(a, b)) <= _APART:
             even += 1
         else:
             (better if ahead(a, b) > 0 else worse).append(f"{task} {WORDS[name]} ({_share(a['mean'])} against {_share(b['mean'])})")
@@ -167,11 +168,11 @@ def _comparison(found: Mapping[str, Any], main: str, other: str) -> list[str]:
     who = "the full curriculum" if other == "no_stage1" else f"the {label(main)} model"
     against = "the same number of steps with stage 1 skipped" if other == "no_stage1" else f"the {label(other)}"
     lists = (f" Ahead: {', '.join(better)}." if better else "") + (f" Behind: {', '.join(worse)}." if worse else "")
-    out = [f"Against {against}, {who} is ahead in {len(better)} of {total} rates, behind in {len(worse)}, and even within {APART:.0f} "
+    out = [f"Against {against}, {who} is ahead in {len(better)} of {total} rates, behind in {len(worse)}, and even within {_APART:.0f} "
            f"standard errors in {even}.{lists}"]
     edits = [(task, a, b) for task, name, a, b in _pairs(found, main, other) if name == "followed"]
     if edits and other == "base":
-        wins = [task for task, a, b in edits if ahead(a, b) > APART]
+        wins = [task for task, a, b in edits if ahead(a, b) > _APART]
         out.append(f"Edit instructions followed, {label(main)} against {label(other)}: "
                    + ", ".join(f"{task} {_share(a['mean'])} / {_share(b['mean'])}" for task, a, b in edits)
                    + f"; beyond doubt better in: {', '.join(wins) or 'none'}.")

@@ -5,14 +5,13 @@ from html import escape
 from typing import Any
 
 from vino_jax.evaluation.chart import COLOURS, Line, label, legend, line_chart
-
-APART = 2.0  # standard errors from which two models differ
+from vino_jax.evaluation.statistics import interval
 
 
 def paired(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], task: str) -> tuple[float, float] | None:
-    """Mean difference (ours - theirs) of a task's losses over the rows that both have, and its standard error over rows.
+    """Mean difference (ours - theirs) of a task's losses over the rows that both have, and half of its 95 % interval.
 
-    rows: of vino_jax/evaluation/held_out.py: summary. Times and noise of a row are the same for both, so that the error is that of the
+    rows: of vino_jax/evaluation/held_out.py: summary. Times and noise of a row are the same for both, so that the interval is that of the
     difference and much smaller than a loss's own. None where there are fewer than two rows.
     """
     def means(rows):
@@ -20,10 +19,7 @@ def paired(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]
 
     ours, theirs = means(ours), means(theirs)
     apart = [ours[key] - theirs[key] for key in ours if key in theirs]
-    if len(apart) < 2:
-        return None
-    mean = math.fsum(apart) / len(apart)
-    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in apart) / (len(apart) - 1) / len(apart))
+    return interval(apart) if len(apart) > 1 else None
 
 
 def loss_reading(scores: Mapping[str, Any], main: str) -> list[str]:
@@ -34,11 +30,11 @@ def loss_reading(scores: Mapping[str, Any], main: str) -> list[str]:
     out = ["Held-out loss, mean over tasks: " + ", ".join(f"{label(name)} {loss['loss']:.4f}" for name, loss in found.items()) + "."]
     for other in (name for name in found if name != main):
         pairs = {task: pair for task in found[main]["tasks"] if (pair := paired(found[main]["rows"], found[other]["rows"], task))}
-        lower, higher = ([task for task, (mean, error) in pairs.items() if sign * mean > APART * error] for sign in (-1, 1))
+        lower, higher = ([task for task, (mean, width) in pairs.items() if sign * mean > width] for sign in (-1, 1))
         if pairs:
             out.append(f"Against the {label(other)}, on the same rows, times and noise, the loss of the {label(main)} model is lower in "
                        f"{len(lower)} of {len(pairs)} tasks, higher in {len(higher)}" + f" ({', '.join(higher)})" * bool(higher)
-                       + f", and within {APART:.0f} standard errors in the rest.")
+                       + ", and within the 95 % interval in the rest.")
     return out
 
 
@@ -55,9 +51,9 @@ def loss_section(scores: Mapping[str, Any], columns: Sequence[str]) -> str:
     heads = [*map(label, found), *(f"{label(main)} − {label(other)}" for other in others)]
     rows = "".join(f"<tr>{''.join(cells)}</tr>" for task in found[main]["tasks"] for cells in [_row(task, found, main, others)])
     return ("<section><h2>Held-out loss</h2><p class=note>Mean squared velocity error on samples that training never draws, at one time in each "
-            "tenth of the flow time. Times and noise are the same for every checkpoint, so that differences are paired; ± one standard error "
-            f"over samples. Green: lower by {APART:.0f} standard errors.</p>{chart}{legend(lines)}"
-            f"<table><tr><th></th>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>{rows}</table></section>")
+            "tenth of the flow time. Times and noise are the same for every checkpoint, so that differences are paired. "
+            "± one standard error over samples, of differences half of the 95 % interval. Green: lower beyond that interval.</p>"
+            f"{chart}{legend(lines)}<table><tr><th></th>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>{rows}</table></section>")
 
 
 def _row(task: str, found: Mapping[str, Mapping[str, Any]], main: str, others: Sequence[str]) -> list[str]:
@@ -68,7 +64,7 @@ def _row(task: str, found: Mapping[str, Mapping[str, Any]], main: str, others: S
         cells.append(f"<td>{entry['loss']:.4f}{error}</td>" if entry else "<td>–</td>")
     for other in others:
         pair = paired(found[main]["rows"], found[other]["rows"], task)
-        clear = pair is not None and pair[0] < -APART * pair[1]
+        clear = pair is not None and pair[0] < -pair[1]
         cells.append(f'<td class="{"clear" if clear else ""}">{pair[0]:+.4f} ± {pair[1]:.4f}</td>' if pair else "<td>–</td>")
     return cells
 
