@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.join_processes()
     config = run_config(values)
     check_data(config)
-    candidates = read_candidates(flags)
+    candidates = read_candidates(flags, config)
     tasks = read_names("--tasks", flags.tasks, TASKS)
     sampling = build(SamplingConfig, config.sampling, "sampling.")
     measures = read_names("--measures", flags.measures or ",".join(MEASURES if config.data.source == "shapes" else MEASURES[:1]), MEASURES)
@@ -127,10 +127,10 @@ class Candidate:
     directory: Path
     weights: str = ""
 
-    def check(self) -> None:
-        """Raises UserError where there is no such checkpoint."""
+    def check(self, model: Mapping[str, Any]) -> None:
+        """Raises UserError where there is no such checkpoint, or the config's `model` table contradicts it."""
         if not self.weights:
-            checkpoint.read_info(self.directory)
+            resolve_model(self.directory, model)
         elif is_run(self.directory):
             run_weights(self.directory, average=False)
         else:
@@ -152,8 +152,8 @@ def named_candidate(text: str) -> Candidate:
     return Candidate(model_directory(cli.local_path(text)))
 
 
-def read_candidates(flags: argparse.Namespace) -> dict[str, Candidate]:
-    """By name. Raises UserError for a wrong or repeated name and where there is no checkpoint."""
+def read_candidates(flags: argparse.Namespace, config: RunConfig) -> dict[str, Candidate]:
+    """By name. Raises UserError for a wrong or repeated name, and see Candidate.check."""
     found = {MAIN: flags.checkpoint}
     for entry in flags.against:
         name, equals, directory = entry.partition("=")
@@ -162,7 +162,7 @@ def read_candidates(flags: argparse.Namespace) -> dict[str, Candidate]:
         found[name] = directory
     candidates = {name: named_candidate(text) for name, text in found.items()}
     for candidate in candidates.values():
-        candidate.check()
+        candidate.check(config.model)
     return candidates
 
 

@@ -85,6 +85,7 @@ def test_scores_samples_and_what_is_kept(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("extra, words", [
+    (("--config.model.queries=5",), "queries"), (("--config.model.boundary_tokens=False",), "boundary_tokens"),  # not as it was trained
     (("--against", "base"), "must be NAME=DIR"), (("--against", "trained=x"), "is --checkpoint's"),
     (("--tasks", "ti2vi"), "--tasks: unknown name 'ti2vi', did you mean 'ti2v'"), (("--steps", "0"), "--steps 0 must be at least 1"),
     (("--against", "other=nowhere"), "nowhere is no model checkpoint"),

@@ -179,4 +179,4 @@ def test_a_run_is_evaluated_as_its_model_is(finished, initial, processor):
         np.testing.assert_array_equal(stored, trained[names[name]], err_msg=name)
     assert any((weights["average"][path] != array).any() for path, array in trained.items())
     with pytest.raises(UserError, match="is no training run, of which @raw could be read"):
-        evaluate.named_candidate(f"{initial}@raw").check()
+        evaluate.named_candidate(f"{initial}@raw").check({})

@@ -30,7 +30,8 @@ def resolve_model(directory: str | Path, given: Mapping[str, Any]) -> VinoConfig
     Raises UserError where the table contradicts a part that the checkpoint holds, or has an unknown key.
     """
     info = model_checkpoint.read_info(directory)
-    held = {"mmdit": "mmdit", "vae": "vae", "vlm": "vlm", "queries": "queries", "connector_ratio": "connector"}
+    held = {"mmdit": "mmdit", "vae": "vae", "vlm": "vlm", "queries": "queries", "connector_ratio": "connector",
+            "boundary_tokens": "vae_connector"}
     config = with_model(info.config, given)
     fixed = {field: getattr(config, field) for field, part in held.items() if part in info.parts}
     model_checkpoint.check_config(directory, info, dataclasses.replace(info.config, **fixed))
