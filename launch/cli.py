@@ -7,10 +7,11 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from pathlib import Path
 
 from vino_jax.errors import UserError
+from vino_jax.settings import nearest
 
 THREADS_A_DEVICE = 4  # of XLA's pool: a step of the small model takes 7 % longer than with 1, with 16 it would take 20 %
 
@@ -39,6 +40,17 @@ def local_path(text: str) -> Path:
     if "://" in text:
         raise UserError(f"{text} is no local path: files are read and written on this machine's disks alone; mount or copy what lies elsewhere")
     return Path(text)
+
+
+def names(flag: str, text: str, known: Collection[str], what: str = "name") -> list[str]:
+    """The comma-separated names of a flag, each once, in their order. Raises UserError for one that is not known, and for none."""
+    found = list(dict.fromkeys(name for name in text.split(",") if name))
+    for name in found:
+        if name not in known:
+            raise UserError(f"{flag}: unknown {what} {name!r}{nearest(name, known)}")
+    if not found:
+        raise UserError(f"{flag} names none; known: {', '.join(known)}")
+    return found
 
 
 def make_output(folder: Path) -> None:

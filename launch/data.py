@@ -39,7 +39,7 @@ def _media(config: RunConfig, buckets, tasks, prompter: Prompter, problems: Prob
 
 # name -> source(config, stage's buckets, stage's tasks, prompter, problems)
 SOURCES = {"shapes": lambda config, buckets, tasks, prompter, problems: ShapesSource(config.seed), "media": _media}
-# name -> source(config) of samples that training does not draw, for previews; a source that has none is previewed on its own
+# name -> source(config) of samples that training does not draw, of an endless source; previews of one that has none are of its own
 UNSEEN = {"shapes": lambda config: ShapesSource(held_out(config.seed))}
 ENDLESS = ("shapes",)  # sources whose samples never end: not all can be encoded beforehand
 
@@ -52,14 +52,19 @@ def clip_options(config: RunConfig) -> Clips:
 def held_out_source(config: RunConfig, buckets: Sequence[BucketSpec], tasks: Sequence[str], prompter: Prompter) -> Source:
     """Samples that training does not draw: of an endless source its own, else those of the manifest config.data.held_out.
 
-    Raises UserError where there is none, and for items that are wrong.
+    Raises UserError where there is none (`check_held_out`), and for items that are wrong.
     """
+    check_held_out(config)
     if config.data.source in UNSEEN:
         return UNSEEN[config.data.source](config)
-    if not config.data.held_out:
-        raise UserError(f"data.source {config.data.source!r} has no samples that training does not draw: name a manifest of some in "
-                        "config.data.held_out")
     return MediaSource(config.data.held_out, config.data.root, buckets, prompter, tasks, clip_options(config), Problems())
+
+
+def check_held_out(config: RunConfig) -> None:
+    """Raises UserError where there are no samples that training does not draw."""
+    if config.data.source not in UNSEEN and not config.data.held_out:
+        raise UserError(f"data.source {config.data.source!r} has no samples that training does not draw, of which to measure the loss: name a "
+                        "manifest of some in config.data.held_out")
 
 
 def check_data(config: RunConfig) -> None:
@@ -71,8 +76,8 @@ def check_data(config: RunConfig) -> None:
     clip_options(config)
     if data.precomputed:
         check_ends(config)
-    if config.log.evaluate_every and data.source not in UNSEEN and not data.held_out:
-        raise UserError(f"log.evaluate_every is {config.log.evaluate_every}, and data.held_out names no manifest of items to measure on")
+    if config.log.evaluate_every:
+        check_held_out(config)
 
 
 def check_ends(config: RunConfig) -> None:

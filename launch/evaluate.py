@@ -27,7 +27,7 @@ from data_pipelines.packing import check_options
 from data_pipelines.prompts import Prompter
 from launch import cli
 from launch.config import parse
-from launch.data import UNSEEN, check_data
+from launch.data import check_data, check_held_out
 from launch.generator import model_directory
 from launch.held_out import HeldOutLoss
 from launch.shapes_scores import evaluate, options, poses, write_poses, write_worst
@@ -40,7 +40,7 @@ from vino_jax.evaluation.held_out import summary
 from vino_jax.models.vino import Vino
 from vino_jax.nn.module import Params, by_path
 from vino_jax.sampling.pipeline import Sampler
-from vino_jax.settings import SamplingConfig, VinoConfig, build, nearest, read_json
+from vino_jax.settings import SamplingConfig, VinoConfig, build, read_json
 from vino_jax.sharding.mesh import make_mesh, parse_mesh
 from vino_jax.sharding.rules import preset
 from vino_jax.train.config import RunConfig, run_config
@@ -80,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = run_config(values)
     check_data(config)
     candidates = read_candidates(flags, config)
-    tasks = read_names("--tasks", flags.tasks, TASKS)
+    tasks = cli.names("--tasks", flags.tasks, TASKS)
     sampling = build(SamplingConfig, config.sampling, "sampling.")
-    measures = read_names("--measures", flags.measures or ",".join(MEASURES if config.data.source == "shapes" else MEASURES[:1]), MEASURES)
+    measures = cli.names("--measures", flags.measures or ",".join(MEASURES if config.data.source == "shapes" else MEASURES[:1]), MEASURES)
     check_flags(flags, sampling, config, measures)
     scores = Scores(flags.output, settings(flags, config, sampling))
     for name, candidate in candidates.items():
@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for task in (t for t in tasks if t not in left):
             say(f"{name} {task}: kept, {scores.line(name, measure, task)}")
     posed = functools.cache(lambda task: poses(task, flags, sampling))
+    losses = functools.cache(lambda model, task: model.held_out.of(model.prompter, [task], list(config.buckets), flags.loss_rows))
     if "shapes" in measures and processes.is_first():
         write_poses(flags.output, {task: posed(task) for task in tasks if any(task in waiting[name, "shapes"] for name in candidates)}, flags.show)
     models = Models(config, evaluation_mesh(flags.mesh, config))
@@ -100,11 +101,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         left = [(measure, task) for measure in measures for task in waiting[name, measure]]
         if not left:
             continue
-        model = models.load(candidate)
-        scores.describe(name, model.facts)
+        model, facts = models.load(candidate)
+        scores.describe(name, facts)
         for measure, task in left:
             if measure == "loss":
-                result = model.held_out.of([task], list(config.buckets), flags.loss_rows)(model.sampler.params)["rows"]
+                result = losses(model, task)(model.sampler.params)["rows"]
             else:
                 folder = flags.output / "outputs" / name / task
                 result = evaluate(model.sampler, model.prompter, task, posed(task), flags, sampling, folder)
@@ -166,16 +167,6 @@ def read_candidates(flags: argparse.Namespace, config: RunConfig) -> dict[str, C
     return candidates
 
 
-def read_names(flag: str, text: str, known: Sequence[str]) -> list[str]:
-    names = [name for name in text.split(",") if name]
-    for name in names:
-        if name not in known:
-            raise UserError(f"{flag}: unknown name {name!r}{nearest(name, known)}")
-    if not names:
-        raise UserError(f"{flag} names nothing; known: {', '.join(known)}")
-    return list(dict.fromkeys(names))
-
-
 def check_flags(flags: argparse.Namespace, sampling: SamplingConfig, config: RunConfig, measures: Sequence[str]) -> None:
     for name in ("prompts", "edits", "clips", "batch", "steps", "loss_rows"):
         value = getattr(flags, name)
@@ -184,8 +175,8 @@ def check_flags(flags: argparse.Namespace, sampling: SamplingConfig, config: Run
     for picture in (True, False):
         check_options(options(flags, sampling, picture))
     parse_mesh(flags.mesh or "")
-    if "loss" in measures and config.data.source not in UNSEEN and not config.data.held_out:
-        raise UserError("the loss is measured on samples that training does not draw: name a manifest of some with --config.data.held_out=FILE")
+    if "loss" in measures:
+        check_held_out(config)
 
 
 def settings(flags: argparse.Namespace, config: RunConfig, sampling: SamplingConfig) -> dict[str, Any]:
@@ -201,14 +192,13 @@ def evaluation_mesh(given: str | None, config: RunConfig) -> Mesh:
     return make_mesh({}, jax.devices()[:1]) if jax.default_backend() == "cpu" else make_mesh(config.mesh.sizes)
 
 
-@dataclass
+@dataclass(eq=False)
 class Model:
-    """A checkpoint on its devices; facts: what the report says of it."""
+    """An architecture with its programs, and in `sampler.params` the weights of one checkpoint."""
 
     sampler: Sampler
     held_out: HeldOutLoss
     prompter: Prompter
-    facts: dict[str, Any]
 
 
 class Models:
@@ -221,15 +211,16 @@ class Models:
         self._runtime = dataclasses.replace(config.runtime, dtype="float32") if on_cpu else config.runtime
         self._programs: dict[tuple[VinoConfig, Path], Model] = {}
 
-    def load(self, candidate: Candidate) -> Model:
+    def load(self, candidate: Candidate) -> tuple[Model, dict[str, Any]]:
+        """The model with the candidate's weights, and what the report says of them."""
         config, directory, mesh, rules = self._config, candidate.directory, self._mesh, self._rules
         weights = run_weights(directory, average=candidate.weights == "average") if candidate.weights else checkpoint.weights(directory)
         architecture = weights.info.config if candidate.weights else resolve_model(directory, config.model)
         processor = Path(config.data.processor) if config.data.processor else weights.processor
         if (architecture, processor) not in self._programs:
             vino, prompter = Vino(architecture, self._runtime), Prompter(processor)
-            held_out = HeldOutLoss(config, vino, prompter, mesh, rules, make_encoder(vino, mesh, rules))
-            self._programs[architecture, processor] = Model(Sampler(vino, None, mesh=mesh, rules=rules), held_out, prompter, {})
+            held_out = HeldOutLoss(config, vino, mesh, rules, make_encoder(vino, mesh, rules))
+            self._programs[architecture, processor] = Model(Sampler(vino, None, mesh=mesh, rules=rules), held_out, prompter)
         model = self._programs[architecture, processor]
         model.sampler.params = None  # the former one's make room
         vino = model.sampler.vino
@@ -238,8 +229,7 @@ class Models:
         else:
             model.sampler.params = initial_params(vino, directory, [], mesh, rules, config.seed, config.init.require)
         counts = {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in model.sampler.params.items()}
-        facts = {"parameters": counts, "fresh": [part for part in counts if part not in weights.info.parts]}
-        return dataclasses.replace(model, facts=facts)
+        return model, {"parameters": counts, "fresh": [part for part in counts if part not in weights.info.parts]}
 
 
 def placed(weights: checkpoint.Weights, structs: Params) -> Params:

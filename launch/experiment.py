@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import cli
+from launch.config import load_config
 from vino_jax.checkpoint.atomic import write_text
 from vino_jax.errors import UserError
 from vino_jax.evaluation.report import read_records
@@ -67,10 +68,9 @@ EXPERIMENTS = {
     "guidance": Experiment({f"image guidance {scale}": _guidance(scale) for scale in (1.0, 2.0, 3.0, 4.0, 5.0)}, "i2v,ti2v",
                            ("i2v/first_frame", "i2v/later_frames", "i2v/motion", "i2v/steadiness", "ti2v")),
 }
-_SHORT = {"train": ("--config.log.checkpoint_every=0", *(f"--config.stages.stage{i}.steps=1" for i in (1, 2, 3)),
-                    *(f"--config.stages.stage{i}.decay_steps=0" for i in (1, 2, 3))),
-          "evaluate": ("--loss_rows=2", "--prompts=2", "--edits=2", "--clips=1", "--steps=1", "--batch=2", "--show=0")}
-_FULL = {"train": (), "evaluate": ("--loss_rows=32", "--prompts=200", "--edits=60", "--clips=20", "--steps=12", "--show=0")}
+_SHORT_STAGE = {"steps": 1, "decay_steps": 0}  # of every stage
+_SHORT = ("--loss_rows=2", "--prompts=2", "--edits=2", "--clips=1", "--steps=1", "--batch=2", "--show=0")  # of launch.evaluate
+_FULL = ("--loss_rows=32", "--prompts=200", "--edits=60", "--clips=20", "--steps=12", "--show=0")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,14 +83,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.name not in EXPERIMENTS:
         raise UserError(f"--name: unknown experiment {flags.name!r}{nearest(flags.name, EXPERIMENTS)}; known: {', '.join(EXPERIMENTS)}")
     seeds = read_seeds(flags.seeds)
-    experiment, size = EXPERIMENTS[flags.name], _SHORT if flags.short else _FULL
+    experiment = EXPERIMENTS[flags.name]
     cli.make_output(flags.output)
     values: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in experiment.arms}
     for seed in seeds:  # a seed of all arms before the next, so that a run that is cut off compares as many of each
         for name, arm in experiment.arms.items():
             folder = flags.output / arm.training / str(seed)
-            train(arm.training, folder / "run", seed, size["train"])
-            scores = evaluate(arm, experiment.tasks, folder, flags.name, name, size["evaluate"])
+            train(arm.training, folder / "run", seed, flags.short)
+            scores = evaluate(arm, experiment.tasks, folder, flags.name, name, _SHORT if flags.short else _FULL)
             values[name][seed] = {**gradients(folder / "run"), **flat(scores)}
             result = summarise(flags.name, values)
             write_text(flags.output / f"{flags.name}.json", json.dumps(result, indent=1) + "\n")
@@ -120,16 +120,13 @@ def command(module: str, *flags: object) -> None:
         raise UserError(f"{module} ended with {done.returncode}, see its last lines above; the same command goes on from there")
 
 
-def train(training: str, workdir: Path, seed: int, extra: Sequence[str]) -> None:
-    if not (workdir / "model" / "model.json").exists():
-        known = [flag for flag in extra if not flag.startswith(_absent_stages(training))]
-        command("launch.train", *TRAININGS[training], "--workdir", workdir.absolute(), f"--config.seed={seed}", "--config.log.every=1",
-                "--config.log.preview_every=0", "--quiet", *known)
-
-
-def _absent_stages(training: str) -> tuple[str, ...]:
-    """Beginnings of flags of stages that a training does not have."""
-    return ("--config.stages.stage1", "--config.stages.stage2") if training == "stage3_alone" else ()
+def train(training: str, workdir: Path, seed: int, short: bool) -> None:
+    if (workdir / "model" / "model.json").exists():
+        return
+    stages = load_config(str(ROOT / TRAININGS[training][1]), {})["stages"] if short else ()
+    shortened = [f"--config.stages.{stage}.{key}={value}" for stage in stages for key, value in _SHORT_STAGE.items()]
+    command("launch.train", *TRAININGS[training], "--workdir", workdir.absolute(), f"--config.seed={seed}", "--config.log.every=1",
+            "--config.log.preview_every=0", "--quiet", *shortened)
 
 
 def evaluate(arm: Arm, tasks: str, folder: Path, experiment: str, name: str, extra: Sequence[str]) -> dict[str, Any]:

@@ -31,21 +31,21 @@ class HeldOutLoss:
     encode: vino_jax/train/loop.py: make_encoder.
     """
 
-    def __init__(self, config: RunConfig, vino: Vino, prompter: Prompter, mesh: Mesh, rules: dict, encode: Callable[[Params, Batch], Batch]):
-        self._config, self._prompter, self._mesh, self._rules, self._encode = config, prompter, mesh, rules, encode
+    def __init__(self, config: RunConfig, vino: Vino, mesh: Mesh, rules: dict, encode: Callable[[Params, Batch], Batch]):
+        self._config, self._mesh, self._rules, self._encode = config, mesh, rules, encode
         whole = NamedSharding(mesh, PartitionSpec())  # so that every process can read them
         self._losses = jax.jit(functools.partial(bin_losses, vino, seed=SEED), out_shardings=whole, compiler_options=compiler_options(mesh))
 
-    def of(self, tasks: Sequence[str], buckets: Sequence[str], count: int) -> Callable[[Params], dict[str, Any]]:
+    def of(self, prompter: Prompter, tasks: Sequence[str], buckets: Sequence[str], count: int) -> Callable[[Params], dict[str, Any]]:
         """measure(params) -> vino_jax/evaluation/held_out.py: summary, of `count` rows of each task in the config's `buckets` (names).
 
         Raises UserError where the config has no samples that training does not draw, and where a task has none, or no bucket.
         """
         config, specs = self._config, [self._config.buckets[name] for name in buckets]
-        source = held_out_source(config, specs, tasks, self._prompter)
+        source = held_out_source(config, specs, tasks, prompter)
         shards, shard_count = data_shards(self._mesh, self._rules)
         rows = HeldOutRows(tasks, specs, source, count, shard_count)
-        packer = Packer(source, rows, self._prompter, shards, shard_count, (config.data.shift_image, config.data.shift_video))
+        packer = Packer(source, rows, prompter, shards, shard_count, (config.data.shift_image, config.data.shift_video))
         return lambda params: summary([row for step in range(len(rows)) for row in self._measured(params, rows, packer, step)])
 
     def _measured(self, params: Params, rows: HeldOutRows, packer: Packer, step: int) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from vino_jax.errors import UserError
 from vino_jax.evaluation.frechet import Moments, distance
 from vino_jax.evaluation.learned import LEARNED, Learned
 from vino_jax.evaluation.metrics import CHANGED, METRICS, Metric
-from vino_jax.settings import nearest
+from vino_jax.evaluation.statistics import standard_error
 
 ALL: dict[str, Metric | Learned] = {**METRICS, **LEARNED}
 FLAG = {"reference": "references", "source": "sources", "caption": "captions"}  # what a metric needs -> the flag that gives it
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser().parse_args(argv)
     if not 0 <= flags.changed_threshold <= 255:
         raise UserError(f"--changed_threshold {flags.changed_threshold:g} must be within 0..255")
-    asked = read_names(flags.metrics)
+    asked = None if flags.metrics is None else cli.names("--metrics", flags.metrics, ALL, "metric")
     outputs = read_folder(flags.outputs)
     given = {"reference": flags.references and read_folder(flags.references), "source": flags.sources and read_folder(flags.sources),
              "caption": flags.captions and read_captions(flags.captions)}
@@ -75,17 +75,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 # --- what is given ---
-
-
-def read_names(text: str | None) -> list[str] | None:
-    """The metrics asked for; None for all that can be had. Raises UserError for one that is not known."""
-    names = None if text is None else [name for name in text.split(",") if name]
-    for name in names or ():
-        if name not in ALL:
-            raise UserError(f"--metrics: unknown metric {name!r}{nearest(name, ALL)}")
-    if names == []:
-        raise UserError(f"--metrics names none; known: {', '.join(ALL)}")
-    return names
 
 
 def kind(path: Path) -> str:
@@ -283,7 +272,7 @@ def summary(result: Result) -> dict[str, Any]:
         return {**common, "notes": common["notes"] + notes, "value": value, **{which: m.count for which, m in result.sets.items()}}
     finite = [value for value in result.values.values() if math.isfinite(value)]
     mean = math.fsum(finite) / len(finite) if finite else None
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in finite) / (len(finite) - 1) / len(finite)) if len(finite) > 1 else None
+    spread = standard_error(finite) if len(finite) > 1 else None
     return {**common, "mean": mean, "standard_error": spread, "count": len(finite), "infinite": len(result.values) - len(finite)}
 
 

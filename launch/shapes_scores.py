@@ -28,7 +28,6 @@ _PADDED = {"tokens": 1, "prompt_mask": 1, "mrope": 2, "visual_index": 1, "patche
 _PROMPT = ("tokens", "prompt_mask", "mrope", "visual_index")
 _ROUND_PROMPT = 32
 _DECIDED = ("i2v", "tv2v")  # clips of which references and text leave little open
-_MOST_PSNR = 60.0  # dB, of equal frames
 
 
 def options(flags: argparse.Namespace, sampling: SamplingConfig, picture: bool, number: int = 0) -> SamplingOptions:
@@ -171,4 +170,4 @@ def judge(pixels: np.ndarray, sample: Sample) -> Iterator[tuple[str, float, floa
         yield "steadiness", steadiness(pixels), None
     if sample.task in _DECIDED:
         for name, frames in (("first_frame", slice(1)), ("later_frames", slice(1, None))):
-            yield name, min(psnr(pixels[frames], sample.target[frames]), _MOST_PSNR), None
+            yield name, min(psnr(pixels[frames], sample.target[frames]), scorer.PSNR_LIMIT), None

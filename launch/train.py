@@ -140,7 +140,7 @@ def run_stages(config: RunConfig, vino: Vino, directory: pathlib.Path, datas: di
         params = initial_params(vino, directory, stages, mesh, rules, config.seed, config.init.require, skip=held)
         params = finished_params(params, structs, held, {stage.name: checkpoints[stage.name] for stage in begun[:-1]})
         encode, total, average = make_encoder(vino, mesh, rules), sum(stage.steps for stage in begun[:-1]), None
-        held_out = HeldOutLoss(config, vino, next(iter(datas.values())).prompter, mesh, rules, encode)
+        held_out = HeldOutLoss(config, vino, mesh, rules, encode)
         for stage in stages[max(len(begun) - 1, 0):]:
             data = datas[stage.name]
             plan = StagePlan(vino, stage, data.buckets, mesh, rules, config.seed + total, encode)
@@ -161,7 +161,7 @@ def stage_hooks(log: LogConfig, data: StageData, previews: Previews, held_out: H
         hooks.append(Hook("preview", log.preview_every, previews.of(data.preview_tasks())))
     if log.evaluate_every:
         tasks = [task for task, weight in data.stage.tasks.items() if weight]
-        measure = held_out.of(tasks, data.stage.buckets, log.evaluate_rows)
+        measure = held_out.of(data.prompter, tasks, data.stage.buckets, log.evaluate_rows)
         hooks.append(Hook("evaluate", log.evaluate_every, lambda params, stage, step: writer.write(
             stage, step, record(measure(params)), file="held_out")))
     return hooks

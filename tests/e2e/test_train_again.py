@@ -168,8 +168,8 @@ def test_a_run_is_evaluated_as_its_model_is(finished, initial, processor):
     models = evaluate.Models(config(initial, processor, 3), make_mesh({"fsdp": 2}, jax.devices()[:2]))
     workdir, weights = finished.workdir, {}
     for weight in ("", "average", "raw"):
-        model = models.load(evaluate.named_candidate(f"{workdir}@{weight}" if weight else str(workdir)))
-        assert model.facts["fresh"] == [] and model.sampler.params.keys() == tiny.vino().parts.keys()
+        model, facts = models.load(evaluate.named_candidate(f"{workdir}@{weight}" if weight else str(workdir)))
+        assert facts["fresh"] == [] and model.sampler.params.keys() == tiny.vino().parts.keys()
         weights[weight] = by_path(jax.device_get(model.sampler.params))
     for path, array in weights[""].items():
         np.testing.assert_array_equal(weights["average"][path], array, err_msg=path)

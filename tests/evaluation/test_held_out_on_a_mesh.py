@@ -38,8 +38,8 @@ def losses(sizes, name, count=5):
     """(task, index) -> losses of the row."""
     mesh, rules, model = make_mesh(sizes, jax.devices()[:math.prod(sizes.values())]), preset(name), tiny.vino()
     params = jax.device_put(tiny.params(model), shardings(model.abstract, model.axes, mesh, rules))
-    held_out = HeldOutLoss(config(), model, Prompter(SMALL_VLM), mesh, rules, make_encoder(model, mesh, rules))
-    return held_out.of(TASKS, ("edit",), count)(params)
+    held_out = HeldOutLoss(config(), model, mesh, rules, make_encoder(model, mesh, rules))
+    return held_out.of(Prompter(SMALL_VLM), TASKS, ("edit",), count)(params)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,6 @@ def test_your_own_held_out_items_are_packed_as_training_s_are(tmp_path):
 
 def test_a_source_without_held_out_samples_is_told():
     mesh, rules, model = make_mesh(ONE, jax.devices()[:1]), preset("fsdp"), tiny.vino()
-    held_out = HeldOutLoss(config(source="media", manifest="training.jsonl"), model, Prompter(SMALL_VLM), mesh, rules, None)
+    held_out = HeldOutLoss(config(source="media", manifest="training.jsonl"), model, mesh, rules, None)
     with pytest.raises(UserError, match="name a manifest of some in config.data.held_out"):
-        held_out.of(TASKS, ("edit",), 2)
+        held_out.of(Prompter(SMALL_VLM), TASKS, ("edit",), 2)

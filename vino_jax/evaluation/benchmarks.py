@@ -5,7 +5,6 @@ their own; vino_jax/evaluation/aggregation.py has their last step. Seeds: see `s
 """
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,7 +19,7 @@ from vino_jax.errors import UserError
 from vino_jax.evaluation import score_files
 from vino_jax.evaluation.aggregation import GEDIT_LANGUAGES, GEDIT_TYPES, GENEVAL_TAGS, IMGEDIT_TYPES, Scores
 from vino_jax.evaluation.prompt_files import Row, json_array, json_lines, json_object, pictures, table
-from vino_jax.sampling.video import read_frames, read_metadata, write_png
+from vino_jax.sampling.video import UNFINISHED, read_frames, read_metadata, write_png
 
 MAX_SAMPLES = 100  # of a prompt, so that seeds of two prompts cannot meet
 SEEDS = "seeds.json"
@@ -159,7 +158,7 @@ def remove_unfinished(output: Path, outputs: Sequence[Output]) -> None:
     wanted = {str(output / o.path) for o in outputs}
     for folder in {str(Path(path).parent) for path in wanted}:
         for name in os.listdir(folder) if os.path.isdir(folder) else ():
-            match = re.fullmatch(r"\.\d+\.(.+)", name)
+            match = UNFINISHED.fullmatch(name)
             if match and os.path.join(folder, match[1]) in wanted:
                 os.unlink(os.path.join(folder, name))
 

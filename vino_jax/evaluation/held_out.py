@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vino_jax.batch import Batch
+from vino_jax.evaluation.statistics import standard_error
 from vino_jax.flow.path import TIME_BINS, interpolate, velocity_loss
 from vino_jax.models.vino import Vino
 from vino_jax.nn.module import Params
@@ -54,7 +55,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for task in dict.fromkeys(row["task"] for row in rows):
         losses = np.asarray([row["losses"] for row in rows if row["task"] == task], np.float64)
         each = losses.mean(1)
-        tasks[task] = {"loss": float(each.mean()), "error": float(each.std(ddof=1) / math.sqrt(len(each))) if len(each) > 1 else None,
+        tasks[task] = {"loss": float(each.mean()), "error": standard_error(each) if len(each) > 1 else None,
                        "count": len(each), "by_bin": dict(zip(bin_names(), losses.mean(0).tolist()))}
     return {"loss": math.fsum(t["loss"] for t in tasks.values()) / len(tasks),
             "by_bin": {name: math.fsum(t["by_bin"][name] for t in tasks.values()) / len(tasks) for name in bin_names()},

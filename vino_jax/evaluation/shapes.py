@@ -36,7 +36,7 @@ CHANCE: dict[str, float] = {"colour": 1 / 8, "shape": 1 / 6, "count": 1 / 4, "re
 _CONTRAST = 40.0  # RGB distance from the background from which a pixel is foreground
 _SMALLEST = 0.006  # of the shorter side squared: smaller spots are noise
 _GRID = 32  # side of the normalised masks
-_PSNR_LIMIT = 60.0
+PSNR_LIMIT = 60.0
 _PALETTE = np.asarray(list(COLOURS.values()), np.float32)
 _COLOUR_NAMES = tuple(COLOURS)
 
@@ -237,7 +237,7 @@ def preserved(pixels_FHWC: np.ndarray, expected: dict, source_FHWC: np.ndarray) 
             for top, left, bottom, right in boxes:
                 frame[top:bottom, left:right] = False
     error = float(((output - source)[keep] ** 2).mean()) if keep.any() else 0.0
-    return min(_PSNR_LIMIT, 10 * float(np.log10(255**2 / error))) if error > 0 else _PSNR_LIMIT
+    return min(PSNR_LIMIT, 10 * float(np.log10(255**2 / error))) if error > 0 else PSNR_LIMIT
 
 
 def chance(expected: dict) -> dict[str, float]:

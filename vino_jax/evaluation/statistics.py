@@ -7,13 +7,18 @@ from scipy import stats
 CONFIDENCE = 0.95
 
 
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent values; nan for fewer than two."""
+    if len(values) < 2:
+        return math.nan
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (len(values) - 1) / len(values))
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of its confidence interval by Student's t over so many independent values; nan for fewer than two."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (len(values) - 1))
-    return mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
+    width = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * standard_error(values) if len(values) > 1 else math.nan
+    return math.fsum(values) / len(values), width
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float]:
@@ -33,5 +38,4 @@ def roughness(norms: Sequence[float]) -> float:
     jumps = [math.log(b / a) for a, b in zip(norms, norms[1:]) if a > 0 and b > 0]
     if len(jumps) < 2:
         return math.nan
-    mean = math.fsum(jumps) / len(jumps)
-    return math.sqrt(math.fsum((x - mean) ** 2 for x in jumps) / (len(jumps) - 1) / 2)
+    return standard_error(jumps) * math.sqrt(len(jumps) / 2)

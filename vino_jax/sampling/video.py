@@ -1,6 +1,7 @@
 """Writing what was generated: png, mp4, latents; and reading it back. A file appears under its name only when it is whole."""
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from vino_jax.errors import UserError
 
 FPS = 24  # SPEC 7
+UNFINISHED = re.compile(r"\.\d+\.(.+)")  # what a kill leaves of `whole_file`; group 1: the name that it would have had
 _CRF = "12"
 
 
