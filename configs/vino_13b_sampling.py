@@ -8,7 +8,7 @@ A bucket is what one task asks for, at the published sizes (SPEC 7); the mesh is
 from configs import common, models
 from configs.data import bucket
 from vino_jax.aot.chips import topology_devices
-from vino_jax.sharding.mesh import sampling_mesh
+from vino_jax.sharding.mesh import SAMPLING_PRESET, sampling_mesh
 
 _PICTURE, _CLIP = {"frames": 1, "height": 640, "width": 640}, {"frames": 85, "height": 480, "width": 848}
 _SEEN = {"images": 1, "image_height": 640, "image_width": 640}
@@ -16,11 +16,11 @@ _SEEN = {"images": 1, "image_height": 640, "image_width": 640}
 
 def get_config(topology: str = "v5e:4x4"):
     """Tasks of one row on that slice."""
-    chips = len(topology_devices(topology))
+    model, chips = models.vino_13b(), len(topology_devices(topology))
     return common.config(
-        model=models.vino_13b(),
+        model=model,
         runtime={"dtype": "bfloat16"},
-        mesh={"preset": "fsdp_seq", **sampling_mesh(chips, 24)},
+        mesh={"preset": SAMPLING_PRESET, **sampling_mesh(chips, model["mmdit"]["heads"])},
         buckets={
             "t2i": bucket(1, **_PICTURE, prompt_tokens=256),
             "ti2i": bucket(1, **_PICTURE, prompt_tokens=704, patches=1600) | _SEEN,

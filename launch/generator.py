@@ -25,7 +25,7 @@ from vino_jax.models.vino import Vino
 from vino_jax.nn.runtime import Runtime
 from vino_jax.sampling.pipeline import Progress, Result, Sampler
 from vino_jax.settings import SamplingConfig, build
-from vino_jax.sharding.mesh import make_mesh, parse_mesh, sampling_mesh
+from vino_jax.sharding.mesh import SAMPLING_PRESET, make_mesh, parse_mesh, sampling_mesh
 from vino_jax.sharding.resolve import shardings
 from vino_jax.sharding.rules import preset
 
@@ -33,7 +33,6 @@ from vino_jax.sharding.rules import preset
 TILINGS = {"frames": Tiling(side=None), "full": Tiling()}
 PICTURE_TASKS = ("t2i", "ti2i", "ti2i_baseimg")
 T = TypeVar("T")
-SHARDING = "fsdp_seq"  # preset: weights lie over "seq" too, over which a sampling mesh has most of its devices
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Generator:
         directory = model_directory(Path(directory))
         info = checkpoint.read_info(directory)
         dtype, lies = placement(dtype, mesh, sampling_mesh(jax.device_count(), info.config.mmdit.heads))
-        vino, rules = Vino(info.config, Runtime(dtype=dtype), TILINGS[vae_tiling]), preset(SHARDING) if lies else None
+        vino, rules = Vino(info.config, Runtime(dtype=dtype), TILINGS[vae_tiling]), preset(SAMPLING_PRESET) if lies else None
         params = checkpoint.restore(directory, placed(vino.abstract, vino.axes, dtype, lies, rules))
         return cls(Sampler(vino, params, mesh=lies, rules=rules, tell=tell), Prompter(checkpoint.processor_folder(directory)),
                    build(SamplingConfig, info.sampling, "sampling."))

@@ -11,6 +11,10 @@ from tests.data import real
 from vino_jax.batch import TASKS
 
 STEPS = 6
+# Every kind of configs/media.py's buckets, nearly all in one of their three aspect ratios: a program is compiled for each.
+PLAIN = ("picture_80x80_384", "clip9_80x80_384")
+ALL = (*PLAIN, "picture_3image_80x80_384", "picture_3image_64x96_384", "clip9_3image_80x80_384", "clip9_clip_80x80_384",
+       "clip9_3image_clip_80x80_384")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,8 @@ def run(tmp_path_factory):
 
     ingested = command("launch.ingest", "--manifest", manifest, "--root", root, "--output", data, "--quiet")
     steps = [f"--config.stages.stage{i}.steps={STEPS}" for i in (1, 2, 3)]
-    told = command("launch.train", "--config", "configs/media.py", "--workdir", workdir, f"--config.data.manifest={data}", *steps,
+    buckets = [f"--config.stages.stage{i}.buckets={drawn}" for i, drawn in ((1, PLAIN), (2, PLAIN), (3, ALL))]
+    told = command("launch.train", "--config", "configs/media.py", "--workdir", workdir, f"--config.data.manifest={data}", *steps, *buckets,
                    "--config.log.every=2", "--config.log.preview_every=100", "--config.log.preview_count=3",
                    "--config.log.preview_sampling_steps=2")
     return SimpleNamespace(items=len(manifest.read_text().splitlines()), ingested=ingested, told=told, workdir=workdir)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from configs import models
-from launch.generator import SHARDING
 from tests.tolerances import BATCH_ROW_ABS, SAMPLE_BF16_RMS, SAMPLE_MESH_ABS
 from vino_jax.batch import ROLE_PAD, BucketSpec, PackedTask
 from vino_jax.errors import UserError
@@ -16,7 +15,7 @@ from vino_jax.nn.runtime import Runtime
 from vino_jax.sampling import pipeline
 from vino_jax.sampling.pipeline import Sampler
 from vino_jax.settings import VinoConfig, build
-from vino_jax.sharding.mesh import make_mesh
+from vino_jax.sharding.mesh import SAMPLING_PRESET, make_mesh
 from vino_jax.sharding.resolve import shardings
 from vino_jax.sharding.rules import preset
 
@@ -126,7 +125,7 @@ MESHES = [{"seq": 2}, {"seq": 4}, {"seq": 8}, {"tensor": 2}, {"fsdp": 8}, {"fsdp
 def test_a_mesh_gives_the_same_result(sizes, vino, params, sampler):
     """Three branches, two of them in one pass, so that rows have to be filled up; the weights lie over the mesh."""
     task = packed(EDIT, 11, image_guidance=2.0)
-    mesh, rules = make_mesh(sizes, jax.devices()[:np.prod(list(sizes.values()))]), preset(SHARDING)
+    mesh, rules = make_mesh(sizes, jax.devices()[:np.prod(list(sizes.values()))]), preset(SAMPLING_PRESET)
     placed = jax.device_put(params, shardings(vino.abstract, vino.axes, mesh, rules))
     spread = Sampler(vino, placed, mesh=mesh, rules=rules).generate(task, steps=2)
     alone = sampler.generate(task, steps=2)
@@ -143,7 +142,7 @@ def test_step_caching_is_the_same_in_stretches_and_on_a_mesh(vino, params, sampl
     monkeypatch.setattr(sampler, "_tell", told.append)
     stretches = sampler.generate(task, steps=12, step_cache=2)
     assert [now.step for now in told] == [0, 4, 8]  # the blocks run at the start of each stretch, and once more
-    mesh, rules = make_mesh({"fsdp": 2, "seq": 2}, jax.devices()[:4]), preset(SHARDING)
+    mesh, rules = make_mesh({"fsdp": 2, "seq": 2}, jax.devices()[:4]), preset(SAMPLING_PRESET)
     placed = jax.device_put(params, shardings(vino.abstract, vino.axes, mesh, rules))
     spread = Sampler(vino, placed, mesh=mesh, rules=rules).generate(task, steps=12, step_cache=2)
     for other in (stretches, spread):

@@ -79,8 +79,12 @@ def _normed(x_BFHWC, norm: Norm | None):
     """x itself, or silu of its group norm."""
     if norm is None:
         return x_BFHWC
+    return jax.nn.silu(_scaled(x_BFHWC, norm))
+
+
+def _scaled(x_BFHWC, norm: Norm):
     mean, scale, bias = norm
-    return jax.nn.silu(((x_BFHWC.astype(jnp.float32) - mean) * scale + bias).astype(x_BFHWC.dtype))
+    return ((x_BFHWC.astype(jnp.float32) - mean) * scale + bias).astype(x_BFHWC.dtype)
 
 
 def _through(residual: Residual, at: Callable = lambda x: x):
@@ -232,8 +236,7 @@ class GroupNorm(nnx.Module):
         return mean, scale, self.bias[...].astype(jnp.float32)
 
     def __call__(self, x_BFHWC: jax.Array) -> jax.Array:
-        mean, scale, bias = self.of(x_BFHWC)
-        return ((x_BFHWC.astype(jnp.float32) - mean) * scale + bias).astype(x_BFHWC.dtype)
+        return _scaled(x_BFHWC, self.of(x_BFHWC))
 
 
 class ResnetBlock(nnx.Module):

@@ -1,5 +1,6 @@
 """Switches of how a model is computed; none changes what it computes by more than rounding."""
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,10 @@ _COMPILER_OPTIONS = {"cpu": {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 }}
+# The same for the VAE alone, once a task. A TPU's compiler looks for the best tiling of every convolution in up to 30 CPU seconds, for a tile's
+# decoding in nine minutes; at its level O1 (jax's EffortLevel) in two, and the convolutions take 1.2 (large) to 2.2 times (small) the cycles
+# by its own estimate.
+_ONCE = {**_COMPILER_OPTIONS, "tpu": {"optimization_level": 19}}
 _KNOWN = {"dtype": ("float32", "bfloat16"), "attention": KERNELS, "quantize": QUANTIZERS}
 
 
@@ -44,6 +49,8 @@ class Runtime:
         return jnp.dtype(self.dtype)
 
 
-def compiler_options(mesh: Mesh | None = None) -> dict[str, str] | None:
-    """XLA's, as jax.jit takes them, for programs that hold a VAE or sample, on the mesh or on the default device."""
-    return _COMPILER_OPTIONS.get(jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
+def compiler_options(mesh: Mesh | None = None, *, once: bool = False) -> dict[str, Any] | None:
+    """XLA's, as jax.jit takes them, for programs that hold a VAE or sample, on the mesh or on the default device.
+    once: for a VAE that runs so seldom that its compilation counts."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return (_ONCE if once else _COMPILER_OPTIONS).get(platform)

@@ -70,11 +70,11 @@ class Sampler:
         self.vino, self.params = vino, params
         self._mesh, self._rules, self._tell = mesh, rules, tell
         whole = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
-        jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh))
-        self._encode = jit(self._encode_rows)
+        jit, jit_vae = (functools.partial(jax.jit, compiler_options=compiler_options(mesh, once=once)) for once in (False, True))
+        self._encode = jit_vae(self._encode_rows)
         self._condition = jit(vino.condition)
         self._denoise = jit(self._denoise_rows, static_argnames=("steps", "passes", "every"), **whole)
-        self._decode = jit(vino.decode, **whole)
+        self._decode = jit_vae(vino.decode, **whole)
 
     @property
     def params(self) -> Any:
@@ -132,15 +132,18 @@ class Sampler:
 
     def lowered(self, task: PackedTask, *, steps: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
         """(name, program) of all that generating `task` runs, for ahead-of-time compilation; params may be ShapeDtypeStructs."""
-        passes, tokens, conditionings = self.passes([task]), [], []
+        passes, tokens = self.passes([task]), []
         with self._active():
             keys = jax.eval_shape(lambda: jnp.stack([jax.random.key(0)]))
             for i, pixels in enumerate(task.references):
                 yield f"encode reference {i + 1}", self._encode.lower(self.params, pixels[None], keys)
                 tokens.append(jax.eval_shape(self._encode_rows, self.params, pixels[None], keys))
+            alike: dict[tuple, list[tuple[str, Batch]]] = {}  # branches of equal shapes share a program
             for branch, name in zip(task.branches, BRANCHES):
-                yield f"condition {name}", self._condition.lower(self.params, branch)
-                conditionings.append(jax.eval_shape(self.vino.condition, self.params, branch))
+                alike.setdefault(_leaf_shapes(branch), []).append((name, branch))
+            for found in alike.values():
+                yield f"condition {', '.join(name for name, _ in found)}", self._condition.lower(self.params, found[0][1])
+            conditionings = [jax.eval_shape(self.vino.condition, self.params, branch) for branch in task.branches]
             pool = jax.eval_shape(_joined, tokens) if tokens else None
             latents, one = jax.ShapeDtypeStruct(self._latent_shape(task), jnp.float32), np.ones(1, np.float32)
             rows = self._rows([task], passes, [conditionings])
@@ -249,8 +252,12 @@ class Sampler:
 
 def shapes(task: PackedTask) -> tuple:
     """What must be equal for two tasks to run side by side."""
-    leaves = tuple(leaf.shape for branch in task.branches for leaf in jax.tree.leaves(branch))
-    return len(task.branches), leaves, tuple(r.shape for r in task.references), task.frames, task.height, task.width
+    branches = tuple(map(_leaf_shapes, task.branches))
+    return branches, tuple(r.shape for r in task.references), task.frames, task.height, task.width
+
+
+def _leaf_shapes(branch: Batch) -> tuple[tuple[int, ...], ...]:
+    return tuple(leaf.shape for leaf in jax.tree.leaves(branch))
 
 
 def branch_tokens(task: PackedTask, branch: Batch) -> int:

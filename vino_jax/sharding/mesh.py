@@ -11,6 +11,8 @@ from vino_jax.errors import UserError
 from vino_jax.settings import nearest
 from vino_jax.sharding.axes import MESH_AXES
 
+SAMPLING_PRESET = "fsdp_seq"  # weights lie over "seq" too, over which a sampling_mesh has most of its devices
+
 
 def parse_mesh(text: str) -> dict[str, int]:
     """ "data=2,seq=4" -> {"data": 2, "seq": 4}. Raises UserError for anything else."""
