@@ -6,6 +6,8 @@ Trains what is not trained yet in OUTPUT/<training>/<seed>/run, measures it with
 Arms share trainings: OUTPUT may be one folder for all experiments. Started again it goes on where it stopped. docs/experiments.md tells
 what each asks, and what came out. --short: a few steps and samples, for tests.
 """
+import argparse
+import fnmatch
 import json
 import math
 import os
@@ -18,11 +20,12 @@ from typing import Any
 
 from launch import cli
 from launch.config import load_config
+from launch.shapes_scores import poses
 from vino_jax.checkpoint.atomic import write_text
 from vino_jax.errors import UserError
 from vino_jax.evaluation.report import read_records
 from vino_jax.evaluation.statistics import difference, interval, roughness
-from vino_jax.settings import nearest, read_json
+from vino_jax.settings import SamplingConfig, build, nearest, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/shapes.py"
@@ -45,8 +48,8 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """arms: the first is the one that others are set against. tasks: what is measured; reads: beginnings of the names of values that are told,
-    of all that are kept."""
+    """arms: the first is the one that others are set against. tasks: what is measured; reads: patterns of the names of values that are told, of
+    all that are kept."""
 
     arms: Mapping[str, Arm]
     tasks: str
@@ -60,13 +63,13 @@ def _guidance(scale: float) -> Arm:
 _PICTURES, _CLIPS = "t2i,ti2i,ti2i_baseimg", "i2v,tv2v"
 EXPERIMENTS = {
     "curriculum": Experiment({"curriculum": Arm("curriculum"), "stage3_alone": Arm("stage3_alone")}, f"{_PICTURES},{_CLIPS}",
-                             ("loss", "t2i", "ti2i", "tv2v/followed")),
+                             ("loss*", "t2i/*", "ti2i/*", "ti2i_baseimg/followed", "tv2v/followed")),
     "queries": Experiment({"with": Arm("curriculum"), "without": Arm("no_queries")}, f"{_PICTURES},{_CLIPS}",
-                          ("gradient_norm", "loss", "t2i", "ti2i", "tv2v/followed")),
+                          ("gradient_norm/*", "loss*", "t2i/*", "ti2i/*", "ti2i_baseimg/followed", "tv2v/followed")),
     "boundary": Experiment({"with": Arm("curriculum"), "without": Arm("no_boundary")}, f"{_PICTURES},{_CLIPS}",
-                           ("loss", "i2v/first_frame", "i2v/later_frames", "tv2v/first_frame", "tv2v/later_frames", "ti2i/followed")),
+                           ("loss*", "i2v/first_frame", "i2v/later_frames", "tv2v/first_frame", "tv2v/later_frames", "ti2i/followed")),
     "guidance": Experiment({f"image guidance {scale}": _guidance(scale) for scale in (1.0, 2.0, 3.0, 4.0, 5.0)}, "i2v,ti2v",
-                           ("i2v/first_frame", "i2v/later_frames", "i2v/motion", "i2v/steadiness", "ti2v")),
+                           ("i2v/first_frame", "i2v/later_frames", "i2v/motion", "i2v/steadiness", "ti2v/*")),
 }
 _SHORT_STAGE = {"steps": 1, "decay_steps": 0}  # of every stage
 _SHORT = ("--loss_rows=2", "--prompts=2", "--edits=2", "--clips=1", "--steps=1", "--batch=2", "--show=0")  # of launch.evaluate
@@ -91,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder = flags.output / arm.training / str(seed)
             train(arm.training, folder / "run", seed, flags.short)
             scores = evaluate(arm, experiment.tasks, folder, flags.name, name, _SHORT if flags.short else _FULL)
-            values[name][seed] = {**gradients(folder / "run"), **flat(scores)}
+            values[name][seed] = {**gradients(folder / "run"), **flat(scores), **by_kind(scores)}
             result = summarise(flags.name, values)
             write_text(flags.output / f"{flags.name}.json", json.dumps(result, indent=1) + "\n")
             write_text(flags.output / f"{flags.name}.md", table(result, experiment.reads))
@@ -149,6 +152,19 @@ def flat(scores: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def by_kind(scores: Mapping[str, Any]) -> dict[str, float]:
+    """"<task>/followed <kind of edit>" -> how many of that kind were followed, of the tasks that edit."""
+    sampling = build(SamplingConfig, load_config(str(ROOT / CONFIG), {})["sampling"])
+    found: dict[str, list[float]] = {}
+    for task, result in scores["tasks"].items():
+        if "followed" in result["attributes"]:
+            count = len(result["samples"])
+            posed = poses(task, argparse.Namespace(seed=0, prompts=count, edits=count, clips=count), sampling)
+            for sample, values in zip(posed, result["samples"], strict=True):
+                found.setdefault(f"{task}/followed {sample.expected['edit']['kind']}", []).append(values["followed"])
+    return {name: math.fsum(values) / len(values) for name, values in sorted(found.items())}
+
+
 def gradients(workdir: Path) -> dict[str, float]:
     """Roughness of the gradient norms by stage, see vino_jax/evaluation/statistics.py."""
     records = read_records(workdir / "metrics.jsonl")
@@ -183,7 +199,7 @@ def _told(value: float) -> float | None:
 def table(result: Mapping[str, Any], reads: Sequence[str]) -> str:
     """Markdown: a row a value, a column an arm, and behind those the differences to the first; * where its interval leaves 0 out."""
     base, *others = result["arms"]
-    names = [name for name in result["arms"][base] if name.startswith(reads)]
+    names = [name for name in result["arms"][base] if any(fnmatch.fnmatchcase(name, pattern) for pattern in reads)]
     seeds = ", ".join(str(seed) for seed in result["values"][base])
     heads = ["", base, *(f"{arm}{what}" for arm in others for what in ("", f" − {base}"))]
     lines = [f"Seeds {seeds}; mean ± half of the 95 % interval over seeds; * where a difference's interval leaves out 0.", "",

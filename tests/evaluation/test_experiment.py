@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 from configs import shapes, shapes_stage3
+from data_pipelines import shapes as data
 from launch import experiment
 from launch.config import load_config
 from vino_jax.errors import UserError
@@ -48,7 +49,7 @@ def test_arms_are_set_against_the_first_seed_by_seed():
     assert apart["mean"] == pytest.approx(1.6) and apart["against"] == pytest.approx([0.5, 0.0])
     assert result["arms"]["without"]["t2i/colour"] == {"mean": 0.5, "interval": None, "against": [0.0, None]}
     assert result["arms"]["with"]["loss"]["against"] is None
-    text = experiment.table(result, ("loss", "t2i"))
+    text = experiment.table(result, ("loss", "t2i/*"))
     assert "| loss | 1.100 ± 1.271 | 1.600 ± 1.271 | +0.500 ± 0.000* |" in text
     assert "| t2i/colour | 0.600 ± 1.271 | 0.500 | +0.000 |" in text and "i2v" not in text and "Seeds 0, 1;" in text
     alone = experiment.summarise("queries", {arm: {0: seeds[0]} for arm, seeds in results().items()})
@@ -58,6 +59,16 @@ def test_arms_are_set_against_the_first_seed_by_seed():
 def test_scores_are_told_by_name():
     scores = {"tasks": {"t2i": {"attributes": {"colour": {"mean": 0.5}}}}, "loss": {"loss": 1.0, "tasks": {"t2i": {"loss": 2.0}}}}
     assert experiment.flat(scores) == {"t2i/colour": 0.5, "loss": 1.0, "loss/t2i": 2.0}
+
+
+def test_edits_are_told_by_their_kind():
+    """Of the samples that launch.evaluate poses: those of another order or size would be of other kinds."""
+    kinds = [data.sample(data.held_out(0), i, "ti2i", 1, 64, 64).expected["edit"]["kind"] for i in range(12)]
+    followed = [float(kind == "remove") for kind in kinds]
+    scores = {"tasks": {"ti2i": {"attributes": {"followed": {}}, "samples": [{"followed": value} for value in followed]},
+                        "t2i": {"attributes": {"colour": {}}, "samples": [{"colour": 1.0}]}}}
+    found = experiment.by_kind(scores)
+    assert found == {f"ti2i/followed {kind}": float(kind == "remove") for kind in kinds} and len(found) > 3
 
 
 @pytest.mark.parametrize("name", experiment.EXPERIMENTS)

@@ -156,6 +156,7 @@ def test_image_guidance_without_an_image_to_leave_out_fails_its_task(workdir, tm
     (("--image_guidance", "inf"), "image_guidance inf must be a finite number"),
     (("--seed", -1), "seed -1 must be a whole number from 0 to 4294967295"),
     (("--contact_sheet", "sheet.jpg"), "--contact_sheet sheet.jpg must end with .png"),
+    (("--contact_sheet", "README.md/sheet.png"), "cannot write to the folder README.md"),
     (("--dtype", "float8"), "invalid choice: 'float8'"),
     (("--mesh", "date=2"), "unknown mesh axis 'date'"),
     (("--initial_noise", "nothing.npz"), "cannot read the initial noise nothing.npz"),
