@@ -120,7 +120,7 @@ def test_remat_changes_nothing(params):
         return compiled(jax.value_and_grad(loss))(params)
 
     value, gradients = value_and_gradient("nothing")
-    for remat in (*REMAT_POLICIES, "budget:0.0002"):
+    for remat in (*(name for name in REMAT_POLICIES if name != "nothing"), "budget:0.0002"):
         other, other_gradients = value_and_gradient(remat)
         np.testing.assert_allclose(other, value, rtol=1e-6)
         for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(other_gradients)):
