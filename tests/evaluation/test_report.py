@@ -10,7 +10,7 @@ from vino_jax.errors import UserError
 from vino_jax.evaluation import chart
 from vino_jax.evaluation.held_out import summary
 from vino_jax.evaluation.report import ahead, ends, reading, stage_reading, write_report
-from vino_jax.evaluation.report_loss import loss_reading, paired
+from vino_jax.evaluation.report_loss import loss_reading, paired, worst_rows
 from vino_jax.evaluation.statistics import interval
 from vino_jax.sampling.video import write_output
 
@@ -139,7 +139,18 @@ def test_losses_are_compared_row_by_row(run):
     assert "trained − untrained base" in page and 'class="clear">-0.1001' in page
     told = json.loads((run / "report.json").read_text())
     assert told["curves"]["trained"]["held_out"] == [{"stage": "stage1", "step": 0, "total_step": 0, "loss": 2.0}]
+    assert told["worst_rows"] == worst_rows(given, "trained") and "Worst rows of the trained checkpoint" in page
     assert told["scores"] == given and any("lower in 2 of 2" in sentence for sentence in told["sentences"])
+
+
+def test_worst_rows_lie_highest_above_the_mean_of_their_own_task():
+    def rows(task, *losses):
+        return [{"task": task, "bucket": "b", "index": i, "losses": [loss - 0.5, loss + 0.5]} for i, loss in enumerate(losses)]
+
+    found = worst_rows({"checkpoints": {"trained": {"loss": {"rows": [*rows("t2i", 10.0, 11.0, 12.0), *rows("i2v", 3.0, 1.0)]}}}}, "trained")
+    assert [(row["task"], row["index"]) for row in found] == [("i2v", 0), ("t2i", 2)]
+    assert [row["times"] for row in found] == pytest.approx([1.5, 12 / 11])
+    assert worst_rows({"checkpoints": {"trained": {"tasks": {}}}}, "trained") == []
 
 
 def test_the_command(run, capsys):

@@ -18,7 +18,7 @@ from PIL import Image
 from vino_jax.checkpoint.atomic import write_text
 from vino_jax.errors import UserError
 from vino_jax.evaluation.chart import COLOURS, Line, label, legend, line_chart, smooth
-from vino_jax.evaluation.report_loss import loss_chart, loss_reading, loss_section
+from vino_jax.evaluation.report_loss import loss_chart, loss_reading, loss_section, worst_rows
 from vino_jax.settings import read_json
 
 MAIN = "trained"  # the checkpoint that the report is about
@@ -90,8 +90,9 @@ def write_report(path: Path, *, title: str, lead: str, facts: Mapping[str, str],
     path.parent.mkdir(parents=True, exist_ok=True)
     curves = {name: {"training": [r for records in stages.values() for r in records], "held_out": held_out.get(name, [])}
               for name, stages in metrics.items()}
-    write_text(path.with_suffix(".json"), json.dumps({"title": title, "facts": facts, "sentences": sentences, "scores": scores,
-                                                      "curves": curves, "seconds": dict(timings)}, indent=1) + "\n")
+    told = {"title": title, "facts": facts, "sentences": sentences, "scores": scores, "worst_rows": worst_rows(scores, MAIN), "curves": curves,
+            "seconds": dict(timings)}
+    write_text(path.with_suffix(".json"), json.dumps(told, indent=1) + "\n")
     write_text(path, page)
     return path
 

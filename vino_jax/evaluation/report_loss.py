@@ -7,6 +7,8 @@ from typing import Any
 from vino_jax.evaluation.chart import COLOURS, Line, label, legend, line_chart
 from vino_jax.evaluation.statistics import interval
 
+_SHOWN = 8  # worst rows
+
 
 def paired(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], task: str) -> tuple[float, float] | None:
     """Mean difference (ours - theirs) of a task's losses over the rows that both have, and half of its 95 % interval.
@@ -14,12 +16,26 @@ def paired(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]
     rows: of vino_jax/evaluation/held_out.py: summary. Times and noise of a row are the same for both, so that the interval is that of the
     difference and much smaller than a loss's own. None where there are fewer than two rows.
     """
-    def means(rows):
-        return {(row["bucket"], row["index"]): math.fsum(row["losses"]) / len(row["losses"]) for row in rows if row["task"] == task}
-
-    ours, theirs = means(ours), means(theirs)
+    ours, theirs = means(ours, task), means(theirs, task)
     apart = [ours[key] - theirs[key] for key in ours if key in theirs]
     return interval(apart) if len(apart) > 1 else None
+
+
+def means(rows: Sequence[Mapping[str, Any]], task: str) -> dict[tuple[str, int], float]:
+    """(bucket, index) -> mean over the flow times, of the rows of a task."""
+    return {(row["bucket"], row["index"]): math.fsum(row["losses"]) / len(row["losses"]) for row in rows if row["task"] == task}
+
+
+def worst_rows(scores: Mapping[str, Any], main: str) -> list[dict[str, Any]]:
+    """{"task", "bucket", "index", "times": its loss over its task's mean} of the rows of the main checkpoint that lie highest above that
+    mean, the worst first."""
+    rows, found = scores["checkpoints"][main].get("loss", {}).get("rows", ()), []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = means(rows, task)
+        mean = math.fsum(of_task.values()) / len(of_task)
+        found += [{"task": task, "bucket": bucket, "index": index, "times": loss / mean}
+                  for (bucket, index), loss in of_task.items() if loss > mean]
+    return sorted(found, key=lambda entry: -entry["times"])[:_SHOWN]
 
 
 def loss_reading(scores: Mapping[str, Any], main: str) -> list[str]:
@@ -53,7 +69,21 @@ def loss_section(scores: Mapping[str, Any], columns: Sequence[str]) -> str:
     return ("<section><h2>Held-out loss</h2><p class=note>Mean squared velocity error on samples that training never draws, at one time in each "
             "tenth of the flow time. Times and noise are the same for every checkpoint, so that differences are paired. "
             "± one standard error over samples, of differences half of the 95 % interval. Green: lower beyond that interval.</p>"
-            f"{chart}{legend(lines)}<table><tr><th></th>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>{rows}</table></section>")
+            f"{chart}{legend(lines)}<table><tr><th></th>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>{rows}</table>"
+            f"{_worst(worst_rows(scores, main), found, main)}</section>")
+
+
+def _worst(entries: Sequence[Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]], main: str) -> str:
+    """What `worst_rows` names, with every checkpoint's loss of it; "" for nothing."""
+    rows = ""
+    for entry in entries:
+        losses = (means(loss["rows"], entry["task"]).get((entry["bucket"], entry["index"])) for loss in found.values())
+        cells = "".join("<td>–</td>" if loss is None else f"<td>{loss:.4f}</td>" for loss in losses)
+        name = escape(f"{entry['task']} · {entry['bucket']} · row {entry['index']}")
+        rows += f"<tr><td>{name}</td><td>{entry['times']:.2f} ×</td>{cells}</tr>"
+    heads = "".join(f"<th>{escape(label(name))}</th>" for name in found)
+    return (f"<h3>Worst rows of the {escape(label(main))} checkpoint</h3><table><tr><th>held-out row</th><th>its task's mean</th>{heads}</tr>{rows}"
+            "</table>") if rows else ""
 
 
 def _row(task: str, found: Mapping[str, Mapping[str, Any]], main: str, others: Sequence[str]) -> list[str]:
