@@ -12,13 +12,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import av
 from PIL import Image
 
 from vino_jax.checkpoint.atomic import write_text
 from vino_jax.errors import UserError
 from vino_jax.evaluation.chart import COLOURS, Line, label, legend, line_chart, smooth
 from vino_jax.evaluation.report_loss import loss_chart, loss_reading, loss_section, worst_rows
+from vino_jax.sampling.video import read_frames
 from vino_jax.settings import read_json
 
 MAIN = "trained"  # the checkpoint that the report is about
@@ -347,8 +347,7 @@ def _media(path: Path) -> str:
         kind, data = "png", path.read_bytes()
     else:
         kind, buffer = "webp", io.BytesIO()
-        with av.open(str(path)) as container:
-            first, *rest = [Image.fromarray(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+        first, *rest = map(Image.fromarray, read_frames(path))
         first.save(buffer, "WEBP", save_all=True, append_images=rest, duration=_BETWEEN_FRAMES, loop=0, quality=85)
         data = buffer.getvalue()
     return f'<img alt="{escape(path.stem)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
