@@ -6,7 +6,6 @@ Trains what is not trained yet in OUTPUT/<training>/<seed>/run, measures it with
 Arms share trainings: OUTPUT may be one folder for all experiments. Started again it goes on where it stopped. docs/experiments.md tells
 what each asks, and what came out. --short: a few steps and samples, for tests.
 """
-import argparse
 import fnmatch
 import json
 import math
@@ -20,12 +19,11 @@ from typing import Any
 
 from launch import cli
 from launch.config import load_config
-from launch.shapes_scores import poses
 from vino_jax.checkpoint.atomic import write_text
 from vino_jax.errors import UserError
 from vino_jax.evaluation.report import read_records
 from vino_jax.evaluation.statistics import difference, interval, roughness
-from vino_jax.settings import SamplingConfig, build, nearest, read_json
+from vino_jax.settings import nearest, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/shapes.py"
@@ -154,14 +152,11 @@ def flat(scores: Mapping[str, Any]) -> dict[str, float]:
 
 def by_kind(scores: Mapping[str, Any]) -> dict[str, float]:
     """"<task>/followed <kind of edit>" -> how many of that kind were followed, of the tasks that edit."""
-    sampling = build(SamplingConfig, load_config(str(ROOT / CONFIG), {})["sampling"])
     found: dict[str, list[float]] = {}
     for task, result in scores["tasks"].items():
-        if "followed" in result["attributes"]:
-            count = len(result["samples"])
-            posed = poses(task, argparse.Namespace(seed=0, prompts=count, edits=count, clips=count), sampling)
-            for sample, values in zip(posed, result["samples"], strict=True):
-                found.setdefault(f"{task}/followed {sample.expected['edit']['kind']}", []).append(values["followed"])
+        for values in result["samples"]:
+            if "edit" in values:
+                found.setdefault(f"{task}/followed {values['edit']}", []).append(values["followed"])
     return {name: math.fsum(values) / len(values) for name, values in sorted(found.items())}
 
 

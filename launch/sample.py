@@ -78,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_flags(flags, defaults)
     tasks, problems = read_tasks(flags.tasks, flags.root)
     noise = read_noise(flags.initial_noise) if flags.initial_noise else None
-    for folder in ([flags.contact_sheet.parent] if flags.contact_sheet else []) + [flags.output]:
-        cli.make_output(folder)
+    if flags.contact_sheet:
+        cli.make_output(flags.contact_sheet.parent)
+    cli.make_output(flags.output)
     report = Report(len(tasks) + len(problems))
     for problem in problems:
         report.failed(str(problem))

@@ -101,6 +101,12 @@ def _entry(output: Path, task: str, i: int, sample: Sample) -> dict[str, Any]:
 # --- generating and scoring ---
 
 
+def packed(samples: Sequence[Sample], prompter: Prompter, flags: argparse.Namespace, sampling: SamplingConfig) -> list[PackedTask]:
+    """Samples of one task as they are generated, brought to one size; each with noise of its own."""
+    return level([pack_example(sample, prompt(sample), prompter, options(flags, sampling, sample.task in PICTURE_TASKS, i),
+                               sample.target.shape[1:3]) for i, sample in enumerate(samples)])
+
+
 def level(tasks: Sequence[PackedTask]) -> list[PackedTask]:
     """Pad the branches of all tasks with equally many references to one size, so that they run as one program. Prompt tokens are
     rounded up, so that other tasks with such references share it."""
@@ -136,17 +142,17 @@ def fill(tasks: Sequence[PackedTask], batch: int) -> list[PackedTask]:
 def evaluate(sampler: Sampler, prompter: Prompter, task: str, samples: Sequence[Sample], flags: argparse.Namespace,
              sampling: SamplingConfig, folder: Path) -> dict[str, Any]:
     """Generate, write and score the samples of one task: {"count", "attributes": {name: {"mean", "count", "chance"}}, "samples": [{name:
-    value}]}."""
-    packed = [pack_example(sample, prompt(sample), prompter, options(flags, sampling, task in PICTURE_TASKS, i), sample.target.shape[1:3])
-              for i, sample in enumerate(samples)]
-    results = sampler.generate_many(fill(level(packed), flags.batch), steps=flags.steps or sampling.steps, batch=flags.batch)[:len(packed)]
+    value, and "edit": kind where it asks for an edit}]}."""
+    asked = packed(samples, prompter, flags, sampling)
+    results = sampler.generate_many(fill(asked, flags.batch), steps=flags.steps or sampling.steps, batch=flags.batch)[:len(asked)]
     gathered: dict[str, list[tuple[float, float | None]]] = {}
-    by_sample: list[dict[str, float]] = []
+    by_sample: list[dict[str, Any]] = []
     for i, (sample, result) in enumerate(zip(samples, results, strict=True)):
         if processes.is_first():
-            write_output(folder, f"{i:03d}", result.pixels, {"prompt": prompt(sample), "seed": str(packed[i].seed)})
+            write_output(folder, f"{i:03d}", result.pixels, {"prompt": prompt(sample), "seed": str(asked[i].seed)})
         judged = list(judge(result.pixels, sample))
-        by_sample.append({name: round(float(value), 4) for name, value, _ in judged})
+        kind = {"edit": sample.expected["edit"]["kind"]} if "edit" in sample.expected else {}
+        by_sample.append({name: round(float(value), 4) for name, value, _ in judged} | kind)
         for name, value, chance in judged:
             gathered.setdefault(name, []).append((value, chance))
     attributes = {}

@@ -8,9 +8,8 @@ import argparse
 import math
 from pathlib import Path
 
-from data_pipelines.packing import pack_example
 from launch.generator import Generator
-from launch.shapes_scores import judge, level, options, poses, prompt
+from launch.shapes_scores import judge, packed, poses
 from vino_jax.evaluation.metrics import psnr
 
 STEPS, BATCH = 24, 20
@@ -29,15 +28,14 @@ def main() -> None:
     generator = Generator.load(flags.checkpoint)
     asked = argparse.Namespace(seed=0, guidance=None, prompts=flags.prompts)
     samples = poses("t2i", asked, generator.defaults)
-    tasks = level([pack_example(sample, prompt(sample), generator.prompter, options(asked, generator.defaults, True, i), sample.target.shape[1:3])
-                   for i, sample in enumerate(samples)])
+    tasks = packed(samples, generator.prompter, asked, generator.defaults)
     print("| steps | step_cache | block runs | PSNR to the first row, dB | change told | colour | shape | count |\n|" + " --- |" * 8)
     exact = None
     for steps, every in ROWS:
         results = generator.sampler.generate_many(tasks, steps=steps, batch=BATCH, step_cache=every)
         exact = exact or results
         near = "-" if exact is results else f"{mean([psnr(ours.pixels, theirs.pixels) for ours, theirs in zip(results, exact)]):.1f}"
-        judged = [dict((name, value) for name, value, _ in judge(result.pixels, sample)) for result, sample in zip(results, samples)]
+        judged = [{name: value for name, value, _ in judge(result.pixels, sample)} for result, sample in zip(results, samples)]
         rates = [mean([found[name] for found in judged if name in found]) for name in ("colour", "shape", "count")]
         print(f"| {steps} | {every} | {-(-steps // every)} | {near} | {max(result.change for result in results):.2f} | "
               + " | ".join(f"{rate:.2f}" for rate in rates) + " |", flush=True)

@@ -1,4 +1,4 @@
-"""How long the TPU compiler takes for one shape of the VAE's tiles, and what it takes of memory, with and without launch.sample's options.
+"""How long the TPU compiler takes for one shape of the VAE's tiles, and how good it is then, with and without launch.sample's options.
 
     python -m tests.benchmarks.tile_compile [--topology v6e:2x4] [--frames 17] [--side 256] [--encode]
 """
@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vino_jax.aot.chips import GIB, topology_devices
+from vino_jax.aot.chips import GIB, chip_of, topology_devices
+from vino_jax.aot.measure import measure
 from vino_jax.models.vae import VAE
 from vino_jax.nn.module import Definition
 from vino_jax.nn.runtime import Runtime, compiler_options
@@ -34,10 +35,10 @@ def main() -> None:
     tile = jax.ShapeDtypeStruct(pixels if flags.encode else latents, jnp.float32, sharding=here)
     method = VAE.encode if flags.encode else VAE.decode
     for name, options in (("launch.sample's options", compiler_options(mesh, once=True)), ("the default", compiler_options(mesh))):
-        start, used = time.perf_counter(), time.process_time()
-        compiled = jax.jit(lambda weights, x: method(vae(weights), x), compiler_options=options).lower(weights, tile).compile()
-        memory = compiled.memory_analysis().temp_size_in_bytes / GIB
-        print(f"{name}: {time.perf_counter() - start:.0f} s, {time.process_time() - used:.0f} of the CPU; temporaries {memory:.1f} GiB", flush=True)
+        lowered = jax.jit(lambda weights, x: method(vae(weights), x), compiler_options=options).lower(weights, tile)
+        used, found = time.process_time(), measure(lowered, chip_of(flags.topology))
+        print(f"{name}: {found.seconds:.0f} s, {time.process_time() - used:.0f} of the CPU; temporaries {found.memory.temporaries / GIB:.1f} GiB; "
+              f"{found.cost.cycles / 1e6:.0f} million cycles by the compiler's estimate", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from configs import models
+from data_pipelines import shapes
 from launch import evaluate
 from tests.data.folders import SMALL_VLM
 from vino_jax.checkpoint import model as checkpoint
@@ -66,6 +67,9 @@ def test_scores_samples_and_what_is_kept(folder, tmp_path, capsys):
     assert t2i["count"] == 3 and t2i["attributes"]["colour"]["chance"] == 1 / 8
     assert tv2v["attributes"]["followed"]["count"] == 2 and tv2v["attributes"]["preserved"]["mean"] > 0
     assert 0 < tv2v["attributes"]["steadiness"]["mean"] <= 1
+    posed = [shapes.sample(shapes.held_out(0), i, "tv2v", 5, 32, 32) for i in range(2)]
+    assert [values["edit"] for values in tv2v["samples"]] == [sample.expected["edit"]["kind"] for sample in posed]
+    assert not any("edit" in values for values in t2i["samples"])
     made = {str(p.relative_to(tmp_path / "a" / "outputs")) for p in (tmp_path / "a" / "outputs").rglob("*.*")}
     names = ("t2i/000.png", "t2i/001.png", "t2i/002.png", "tv2v/000.mp4", "tv2v/001.mp4")
     assert made == {f"{checkpoint}/{name}" for checkpoint in ("base", "trained") for name in names}
