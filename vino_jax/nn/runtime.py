@@ -18,9 +18,9 @@ _COMPILER_OPTIONS = {"cpu": {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 }}
-# The same for the VAE alone, once a task. A TPU's compiler looks for the best tiling of every convolution in up to 30 CPU seconds, for a tile's
-# decoding in nine minutes; at its level O1 (jax's EffortLevel) in two, and the convolutions take 1.2 (large) to 2.2 times (small) the cycles
-# by its own estimate.
+# The same for the VAE alone, once a task. A TPU's compiler looks for the best tiling of every convolution in up to 30 CPU seconds; at its level
+# O1 (jax's EffortLevel) a tile's decoding compiles in a third of the time and takes 1.26 times the cycles by its own estimate
+# (tests/benchmarks/tile_compile.py).
 _ONCE = {**_COMPILER_OPTIONS, "tpu": {"optimization_level": 19}}
 _KNOWN = {"dtype": ("float32", "bfloat16"), "attention": KERNELS, "quantize": QUANTIZERS}
 
