@@ -162,4 +162,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold programs of chips that are not there, and warns of each
     cli.run(main)

@@ -78,7 +78,7 @@ class Cost:
 
 
 def program_cost(text: str) -> Cost:
-    """Of `Compiled.as_text()`. Of a conditional every branch counts."""
+    """Of a program's text (`Compiled.as_text()`, or as the compiler dumps it). Of a conditional every branch counts."""
     module = parse(text)
     found, split = runs(module), _split_collectives(module)
     cost = Cost(unknown_loops=found.unknown)

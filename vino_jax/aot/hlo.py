@@ -76,7 +76,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """The module of `Compiled.as_text()`."""
+    """The module of `Compiled.as_text()`, or of the text that the compiler dumps."""
     lines: list[str] = []
     for line in text.split("\n"):
         if lines and line and not _OWN_LINE.match(line):

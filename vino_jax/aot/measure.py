@@ -1,8 +1,10 @@
 """Compile a program for a topology and tell what it takes of a chip, or by how much it does not fit."""
 import dataclasses
 import re
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 
@@ -34,30 +36,29 @@ class Measured:
     seconds: float  # of compilation
     memory: Memory
     fits: bool
-    cost: Cost | None  # None: does not fit, or its text cannot be read
+    cost: Cost | None  # None: does not fit
 
 
 def measure(lowered: jax.stages.Lowered, chip: Chip, *, beside: int = 0) -> Measured:
     """Compile; a program that lacks memory is a finding, any other error is raised. beside: bytes of a chip that are taken already."""
-    start = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or "Ran out of memory" not in str(error):
-            raise
-        needed = needed_bytes(str(error))
-        return Measured(time.perf_counter() - start, Memory(chip.hbm, beside=beside, needed=None if needed is None else needed + beside),
-                        False, None)
-    seconds, stats = time.perf_counter() - start, compiled.memory_analysis()
-    memory = Memory(chip.hbm, stats.argument_size_in_bytes, stats.temp_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes,
-                    stats.peak_memory_in_bytes + beside, stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes, beside)
-    if memory.peak > chip.hbm:
-        return Measured(seconds, dataclasses.replace(memory, needed=memory.peak), False, None)
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError:  # jax 0.10.2 cannot read every program of libtpu 0.0.42 ("async-update instruction should have ...")
-        return Measured(seconds, memory, True, None)
-    return Measured(seconds, memory, True, program_cost(text))
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        try:
+            # The compiler writes the program's text itself: `as_text()` of jax 0.10.2 cannot read every program of libtpu 0.0.42.
+            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or "Ran out of memory" not in str(error):
+                raise
+            needed = needed_bytes(str(error))
+            return Measured(time.perf_counter() - start, Memory(chip.hbm, beside=beside, needed=None if needed is None else needed + beside),
+                            False, None)
+        seconds, stats = time.perf_counter() - start, compiled.memory_analysis()
+        memory = Memory(chip.hbm, stats.argument_size_in_bytes, stats.temp_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes,
+                        stats.peak_memory_in_bytes + beside, stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes, beside)
+        if memory.peak > chip.hbm:
+            return Measured(seconds, dataclasses.replace(memory, needed=memory.peak), False, None)
+        (text,) = Path(folder).glob("*.after_codegen.txt")
+        return Measured(seconds, memory, True, program_cost(text.read_text()))
 
 
 def needed_bytes(message: str) -> float | None:

@@ -32,8 +32,6 @@ def _cells(one: Row) -> list[str]:
     if not one["fits"]:
         return [*begin, fit(one), *["-"] * 7, f"{one['compile_seconds']:.0f}", "-", "-"]
     begin += [fit(one), f"{memory['arguments'] / GIB:.1f}", f"{memory['temporaries'] / GIB:.1f}"]
-    if one["flops"] is None:
-        return [*begin, *["-"] * 5, f"{one['compile_seconds']:.0f}", "-", "-"]
     flops, guess, collectives = one["flops"], one["estimate"], one["collectives"]
     return [*begin, f"{flops['executed'] / 1e12:.4g}",
             _or_dash(flops["executed_over_model"], ".3f"), f"{sum(c['bytes'] for c in collectives) / 1e9:.3g}",
@@ -68,8 +66,6 @@ def details(one: Row) -> list[str]:
     """A line for each kind of collective and each kernel of a program, largest first."""
     if not one["fits"]:
         return []
-    if one["collectives"] is None:
-        return ["the text of this program cannot be read: its FLOPs and collectives are not known"]
     lines = [f"{c['kind']} over {c['group']} chips, {'overlapped' if c['overlapped'] else 'alone'}"
              f"{', zero-padded where a gather would do' if c['padded'] else ''}: {c['count']:.0f} calls, {c['bytes'] / 1e9:.3g} GB whole, "
              f"{c['wire'] / 1e9:.3g} GB on the wire" for c in one["collectives"]]
