@@ -1,6 +1,9 @@
 """launch.aot_compile --sampling: the programs of one sample, and what lies on the chips beside each."""
+import contextlib
 import dataclasses
 import json
+import re
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +33,25 @@ def command(tmp_path):
     return ["--sampling", "--config", str(tmp_path / "tiny.py"), "--topology", "v5e:2x2", "--json", str(tmp_path / "out.json")]
 
 
-def test_the_programs_of_one_sample(command, tmp_path, capsys):
+@pytest.fixture
+def levels(monkeypatch, tmp_path):
+    """The compiler's level for each program that is measured, as the compiler writes it down; none where it was not given."""
+    found = []
+
+    @contextlib.contextmanager
+    def kept():
+        (folder := tmp_path / str(len(found))).mkdir()
+        yield str(folder)
+        (config,) = folder.glob("*.hlo_module_config.txt")
+        found.append(re.findall(r"^optimization_level: (\w+)", config.read_text(), re.MULTILINE))
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", kept)
+    return found
+
+
+def test_the_programs_of_one_sample(command, tmp_path, capsys, levels):
     assert aot_compile.main([*command, "--check"]) == 0
+    assert levels == [["EFFORT_O1"], [], [], [], ["EFFORT_O1"]]  # the VAE's, which run once a task
     rows = {row["stage"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     assert list(rows) == ["encode reference 1", *CONDITIONS, "denoise", "decode"]
     assert all(row["fits"] and row["bucket"] == "edit" and row["rows_a_chip"] == 0.25 for row in rows.values())
