@@ -15,6 +15,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragg
 # Products of (queries x keys x head width) in each of splash attention's kernels; "dkv" with the gradient of queries in it has one more.
 SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
 
+_NO_ESTIMATE = str((1 << 63) - 1)  # what the compiler writes where it has none
 _SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 
 
@@ -58,7 +59,7 @@ class Kernel:
 @dataclass
 class Cost:
     """matmul, kernel: FLOPs. cycles: the compiler's estimate of all that is neither kernel nor collective. to_host, from_host: bytes.
-    unknown_loops: names of loops that were counted as one turn."""
+    unknown_loops: names of loops that were counted as one turn. unknown_cycles: instructions that the compiler has no estimate of."""
 
     matmul: float = 0.0
     cycles: float = 0.0
@@ -67,6 +68,7 @@ class Cost:
     collectives: list[Collective] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
     unknown_loops: list[str] = field(default_factory=list)
+    unknown_cycles: list[str] = field(default_factory=list)
 
     @property
     def kernel(self) -> float:
@@ -93,7 +95,11 @@ def program_cost(text: str) -> Cost:
             if (call := _kernel(instruction, body)) is not None:
                 _add(kernels, call, count)
             if place != "fused":
-                cost.cycles += count * int(instruction.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+                cycles = instruction.attribute(r'"estimated_cycles":"(\d+)"') or "0"
+                if cycles == _NO_ESTIMATE:
+                    cost.unknown_cycles.append(instruction.name)
+                else:
+                    cost.cycles += count * int(cycles)
                 sent, taken = _host_bytes(instruction, body)
                 cost.to_host += count * sent
                 cost.from_host += count * taken

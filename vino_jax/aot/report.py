@@ -15,12 +15,14 @@ def row(measured: Measured, chip: Chip, *, stage: str, bucket: str, remat: str, 
     cost, out = measured.cost, {"stage": stage, "bucket": bucket, "remat": remat, "rows_a_chip": rows_a_chip, "fits": measured.fits,
                                 "compile_seconds": round(measured.seconds, 1), "memory": dataclasses.asdict(measured.memory)}
     if cost is None:
-        return {**out, "flops": None, "collectives": None, "kernels": None, "host": None, "unknown_loops": None, "estimate": None}
+        return {**out, "flops": None, "collectives": None, "kernels": None, "host": None, "unknown_loops": None, "unknown_cycles": None,
+                "estimate": None}
     flops = {"matmul": cost.matmul, "kernels": cost.kernel, "executed": cost.executed, "model": model_flops,
              "executed_over_model": cost.executed / model_flops if model_flops else None}
     return {**out, "flops": flops, "collectives": [dataclasses.asdict(one) for one in cost.collectives],
             "kernels": [dataclasses.asdict(one) for one in cost.kernels], "host": {"to": cost.to_host, "from": cost.from_host},
-            "unknown_loops": cost.unknown_loops, "estimate": dataclasses.asdict(estimate(cost, chip, model_flops))}
+            "unknown_loops": cost.unknown_loops, "unknown_cycles": cost.unknown_cycles,
+            "estimate": dataclasses.asdict(estimate(cost, chip, model_flops))}
 
 
 _HEAD = ("stage", "bucket", "remat", "rows a chip", "HBM peak of limit, GiB", "arguments", "temporaries", "TFLOP", "over model",
@@ -71,7 +73,8 @@ def details(one: Row) -> list[str]:
              f"{c['wire'] / 1e9:.3g} GB on the wire" for c in one["collectives"]]
     lines += [f"kernel {k['name']} {k['operands']}: {k['count']:.0f} calls, {k['flops'] / 1e12:.4g} TFLOP"
               f"{'' if k['known'] else ' (unknown, counted as 0)'}" for k in one["kernels"]]
-    return lines + [f"loop {name}: its turns cannot be read, counted as one" for name in one["unknown_loops"]]
+    lines += [f"loop {name}: its turns cannot be read, counted as one" for name in one["unknown_loops"]]
+    return lines + [f"{name}: the compiler has no estimate of its cycles, counted as none" for name in one["unknown_cycles"]]
 
 
 def text(rows: Iterable[Row], heading: str, assumptions: Sequence[str], *, markdown: bool = False) -> str:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vino_jax.sharding.constrain import active_platform
+
 
 def rope_tables(position_BLA: jax.Array, axes: tuple[int, ...], theta: float) -> tuple[jax.Array, jax.Array]:
     """cos and sin (B, L, H) float32 of integer positions (B, L, A); axis a fills axes[a] dims of the head, H = sum(axes).
@@ -22,9 +24,27 @@ def rope_tables(position_BLA: jax.Array, axes: tuple[int, ...], theta: float) ->
 
 def apply_rope(x_BLNH: jax.Array, cos_BLH: jax.Array, sin_BLH: jax.Array) -> jax.Array:
     """Rotate each pair (x0, x1) to (x0 cos - x1 sin, x1 cos + x0 sin); in float32, returned in the dtype of x."""
-    x = x_BLNH.astype(jnp.float32)
-    # by shifts: a dim of size 2 would be padded to 128 on a TPU; what they shift in is not read
+    turned = _TURNED.get(active_platform(), turned_by_shifts)(x_BLNH)
+    return (x_BLNH.astype(jnp.float32) * cos_BLH[:, :, None] + turned * sin_BLH[:, :, None]).astype(x_BLNH.dtype)
+
+
+def turned_by_shifts(x: jax.Array) -> jax.Array:
+    """Each pair (x0, x1) of the last dim as (-x1, x0), float32."""
+    x = x.astype(jnp.float32)
     even, still = jnp.arange(x.shape[-1]) % 2 == 0, [(0, 0, 0)] * (x.ndim - 1)
     after, before = jax.lax.pad(x[..., 1:], 0.0, [*still, (0, 1, 0)]), jax.lax.pad(x[..., :-1], 0.0, [*still, (1, 0, 0)])
-    turned = jnp.where(even, -after, before)
-    return (x * cos_BLH[:, :, None] + turned * sin_BLH[:, :, None]).astype(x_BLNH.dtype)
+    return jnp.where(even, -after, before)  # what the shifts bring in is not read
+
+
+def turned_by_product(x: jax.Array) -> jax.Array:
+    """The same, and as exact: of each sum all terms but one are zero."""
+    turn_HH = np.zeros((x.shape[-1],) * 2, np.float32)
+    first = np.arange(0, len(turn_HH), 2)
+    turn_HH[first + 1, first], turn_HH[first, first + 1] = -1, 1
+    return jax.lax.dot_general(x, jnp.asarray(turn_HH, x.dtype), (((x.ndim - 1,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST,
+                               preferred_element_type=jnp.float32)
+
+
+# By platform. A TPU shifts its lanes by way of its memory, in float32: queries and keys of 6,144 tokens, with product and norm, take 1.39 and
+# 3.74 million cycles (forward; with the backward pass) so, and 0.95 and 2.37 by products, as its compiler estimates for v6e.
+_TURNED = {"tpu": turned_by_product}
