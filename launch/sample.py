@@ -186,8 +186,9 @@ def generate(generator: Generator, packed: Sequence[PackedTask], flags: argparse
         results = generator.sampler.generate_many(packed, steps=steps, posterior=flags.posterior, batch=flags.batch, noise=starts,
                                                   step_cache=flags.step_cache)
     except (UserError, jax.errors.JaxRuntimeError) as error:
+        advice = "; --vae_tiling full, a smaller --batch or more devices take less memory" if "RESOURCE_EXHAUSTED" in str(error) else ""
         for task in packed:
-            report.failed(f"task {task.index}: {' '.join(str(error).split())}")
+            report.failed(f"task {task.index}: {' '.join(str(error).split())}{advice}")
         return
     report.cached(flags.step_cache, results[0].change)
     for task, result in zip(packed, results, strict=True):

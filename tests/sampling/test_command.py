@@ -17,6 +17,7 @@ from vino_jax.checkpoint import model as checkpoint
 from vino_jax.errors import UserError
 from vino_jax.models.vino import Vino
 from vino_jax.nn.runtime import Runtime
+from vino_jax.sampling.pipeline import Sampler
 from vino_jax.settings import VinoConfig, build
 
 SAMPLING = {"height": 32, "width": 48, "num_frames": 5, "steps": 2, "guidance_image": 3.0}
@@ -211,6 +212,17 @@ def test_a_disk_that_fills_up_fails_its_tasks(workdir, tmp_path, capsys, monkeyp
     assert run("--checkpoint", workdir, "--tasks", tmp_path / "tasks.json", "--output", tmp_path / "out", "--steps", 1) == 1
     told = capsys.readouterr()
     assert "task 1: cannot write to" in told.err and "No space left on device" in told.err and "0 written, 0 kept, 1 failed" in told.out
+
+
+def test_a_task_without_memory_fails_and_what_takes_less_is_told(workdir, tmp_path, capsys, monkeypatch):
+    def no_memory(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of\nmemory")
+
+    monkeypatch.setattr(Sampler, "generate_many", no_memory)
+    (tmp_path / "tasks.json").write_text(json.dumps([{"index": "one", "task": "t2i", "caption": "a red circle"}]))
+    assert run("--checkpoint", workdir, "--tasks", tmp_path / "tasks.json", "--output", tmp_path / "out") == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "task one: RESOURCE_EXHAUSTED: out of memory; --vae_tiling full" in told
 
 
 def test_a_missing_flag_is_named(capsys):
