@@ -43,7 +43,6 @@ def turned_by_product(x: jax.Array) -> jax.Array:
                                preferred_element_type=jnp.float32)
 
 
-# By platform. A TPU pads a dim of 2 to its 128 lanes, and shifts of lanes go by way of its memory: queries and keys of 6,144 tokens, with their
-# product and norm, took 1.39 million cycles forward and 3.74 with the backward pass by shifts, and take 0.95 and 2.40 by products, as its
-# compiler estimates for v6e.
+# By platform. A TPU pads a dim of 2 to its 128 lanes: queries of 6,144 tokens with their product and norm take 1.60 million cycles and 216 MiB
+# by reversal, 0.97 and 72 by products, as its compiler estimates for v6e (tests/benchmarks/rope.py). On a CPU products take four times as long.
 _TURNED = {"tpu": turned_by_product}
