@@ -50,7 +50,7 @@ def test_a_report_of_a_tiny_model(config, tmp_path, capsys):
     (row,) = written["rows"]
     assert (row["stage"], row["bucket"], row["remat"], row["rows_a_chip"], row["fits"]) == ("stage1", "picture", "full", 1.0, True)
     assert set(row) == {"stage", "bucket", "remat", "rows_a_chip", "fits", "compile_seconds", "memory", "flops", "collectives", "kernels", "host",
-                        "unknown_loops", "estimate"}
+                        "unknown_loops", "unknown_cycles", "estimate"}
     memory, flops, guess = row["memory"], row["flops"], row["estimate"]
     assert 0 < memory["arguments"] and memory["peak"] < memory["limit"] == CHIPS["v5e"].hbm and memory["needed"] is None
     assert flops["executed"] == flops["matmul"] + flops["kernels"] and 1 <= flops["executed_over_model"] < 1.5  # full remat: below 4/3
@@ -118,7 +118,8 @@ def test_the_architecture_is_that_of_the_parts_that_a_config_names():
 
 
 def test_kernels_and_loops_that_nobody_can_count_are_told():
-    row = {"fits": True, "collectives": [], "unknown_loops": ["while.3"],
+    row = {"fits": True, "collectives": [], "unknown_loops": ["while.3"], "unknown_cycles": ["fusion.7"],
            "kernels": [{"name": "mine", "operands": "bf16[8, 128]", "known": False, "count": 2.0, "flops": 0.0}]}
     assert report.details(row) == ["kernel mine bf16[8, 128]: 2 calls, 0 TFLOP (unknown, counted as 0)",
-                                   "loop while.3: its turns cannot be read, counted as one"]
+                                   "loop while.3: its turns cannot be read, counted as one",
+                                   "fusion.7: the compiler has no estimate of its cycles, counted as none"]
