@@ -131,7 +131,8 @@ HLO = """HloModule test, num_partitions=8
   %p.1 = (s32[], s32[]) parameter(0)
   %x = f32[2,9,9,3]{3,2,1,0} constant({...})
   %k = f32[3,3,3,4]{3,2,1,0} constant({...})
-  %c = f32[2,5,5,4]{3,2,1,0} convolution(%x, %k), window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, backend_config={"estimated_cycles":"9223372036854775807"}
+  %c = f32[2,5,5,4]{3,2,1,0} convolution(%x, %k), window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, \
+      backend_config={"estimated_cycles":"9223372036854775807"}
   ROOT %t = (s32[], s32[]) tuple(%p.1)
 }
 

@@ -48,11 +48,11 @@ def estimate(topology: str, tokens: int) -> None:
     x, table, grad = struct(1, tokens, HEADS * WIDTH), struct(1, tokens, WIDTH, dtype=jnp.float32), struct(1, HEADS, tokens, WIDTH)
     params = jax.tree.map(lambda p: struct(*p.shape, dtype=p.dtype), (linear.abstract, norm.abstract))
     for name, turn in TURNS.items():
-        def forward(params, x, cos, sin):
+        def forward(params, x, cos, sin, turn=turn):
             q = norm(params[1])(linear(params[0])(x).reshape(1, tokens, HEADS, WIDTH))
             return jnp.swapaxes(rotated(turn, q, cos, sin), 1, 2)
 
-        def both(params, x, cos, sin, grad):
+        def both(params, x, cos, sin, grad, forward=forward):
             y, back = jax.vjp(lambda params, x: forward(params, x, cos, sin), params, x)
             return y, back(grad)
 
