@@ -53,6 +53,7 @@ def main() -> int:
     parser = cli.Parser(prog="tests.benchmarks.products", description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
+    jax.config.update("jax_platforms", "cpu")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     for name, shape in SHAPES.items():
         print(f"{name} {shape[:3]}: " + ", ".join(f"{who} {rate:.0f}" for who, rate in rates(*shape, rounds).items()), flush=True)
