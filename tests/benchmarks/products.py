@@ -38,12 +38,13 @@ def rates(rows: int, summed: int, columns: int, transposed: bool, rounds: int) -
 
     calls = {"YNNPACK": compiled({**compiler_options(), **YNNPACK}), "XLA": compiled(compiler_options()), "PyTorch": lambda: theirs[0] @ theirs[1]}
     flops, took = 2 * rows * summed * columns, {name: [] for name in calls}
+    repeats = max(1, round(WORK / flops))
     for name, call in calls.items():
         np.testing.assert_allclose(np.asarray(call()), left @ right.T, atol=1e-2, err_msg=name)
     for _ in range(rounds):
         for name, call in calls.items():
             start = time.perf_counter()
-            for _ in range(repeats := max(1, round(WORK / flops))):
+            for _ in range(repeats):
                 call()
             took[name].append((time.perf_counter() - start) / repeats)
     return {name: flops / statistics.median(seconds) / 1e9 for name, seconds in took.items()}

@@ -12,8 +12,9 @@ from vino_jax.nn.quantize import QUANTIZERS
 from vino_jax.nn.stack import check_remat
 
 # By platform. On a CPU, by default (jax 0.10), products and convolutions go to YNNPACK, which takes 1.2 to 1.4 times as long for large products
-# (tests/benchmarks/products.py) and 2 to 6 times for convolutions as XLA's own code; reductions stay there. And operations are ordered by what
-# could run side by side, of which products that fill all cores gain nothing, but the MLP's first product lies in memory all through attention.
+# (tests/benchmarks/products.py) and 2 to 6 times for convolutions as XLA's own code; reductions stay there, and products that XLA fuses into them.
+# And operations are ordered by what could run side by side, of which products that fill all cores gain nothing, but the MLP's first product lies
+# in memory all through attention.
 _COMPILER_OPTIONS = {"cpu": {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
