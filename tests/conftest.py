@@ -2,6 +2,8 @@
 import os
 import tempfile
 
+import pytest
+
 from launch.cli import roomy_thread_pool
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,3 +17,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _CACHE = tempfile.TemporaryDirectory(prefix="vino_jax_compiled_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+@pytest.fixture
+def nothing_kept():
+    """JAX keeps no compiled program on disk, as where nobody asked for it: a CPU's programs may take what cannot be kept."""
+    import jax  # not before the variables above
+    from jax.experimental.compilation_cache import compilation_cache
+
+    def keep(folder):
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()  # it reads the setting but once
+
+    folder = jax.config.jax_compilation_cache_dir
+    keep(None)
+    yield
+    keep(folder)

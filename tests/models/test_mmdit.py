@@ -18,7 +18,7 @@ from vino_jax.models.connector import Connector, Queries
 from vino_jax.models.context import References, patchify, select_references, target_positions, unpatchify
 from vino_jax.models.mmdit import MMDiT
 from vino_jax.nn.module import Definition
-from vino_jax.nn.runtime import Runtime
+from vino_jax.nn.runtime import Runtime, compiler_options
 from vino_jax.nn.stack import REMAT_POLICIES
 from vino_jax.settings import MMDiTConfig
 
@@ -125,6 +125,19 @@ def test_remat_changes_nothing(params):
         np.testing.assert_allclose(other, value, rtol=1e-6)
         for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(other_gradients)):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(jnp.abs(a).max())))
+
+
+def test_products_by_onednn_change_nothing(params, nothing_kept):
+    """Nor do they end the process, as products do that oneDNN is given with what is around them."""
+    args, *_ = inputs(rows=2)
+    args = jax.tree.map(jnp.asarray, args)
+    loss = jax.value_and_grad(lambda p: jnp.sum(jnp.square(definition()(p)(*args))))
+    chosen = jax.jit(loss, compiler_options=compiler_options()).lower(params).compile()
+    assert "onednn_fusion" in chosen.as_text()
+    (value, gradients), (expected, expected_gradients) = chosen(params), compiled(loss)(params)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])

@@ -5,12 +5,24 @@ import pytest
 
 from vino_jax.nn.runtime import compiler_options
 
+PRODUCT = (jnp.matmul, [(512, 768), (768, 768)])
+CONVOLUTION = (lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
+               [(1, 16, 16, 32), (3, 3, 32, 32)])
 
-def convolved(x, kernel):
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-
-@pytest.mark.parametrize("call, shapes", [(jnp.matmul, [(512, 768), (768, 768)]), (convolved, [(1, 16, 16, 32), (3, 3, 32, 32)])])
-def test_products_and_convolutions_on_a_cpu_do_not_go_to_ynnpack(call, shapes):
+def program(call, shapes) -> str:
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    assert "ynn_fusion" not in jax.jit(call, compiler_options=compiler_options()).lower(*inputs).compile().as_text()
+    return jax.jit(call, compiler_options=compiler_options()).lower(*inputs).compile().as_text()
+
+
+@pytest.mark.parametrize("call, shapes", [PRODUCT, CONVOLUTION])
+def test_products_and_convolutions_on_a_cpu_take_xlas_own_code_where_programs_are_kept(call, shapes):
+    assert jax.config.jax_compilation_cache_dir
+    text = program(call, shapes)
+    assert "ynn_fusion" not in text and "onednn_fusion" not in text
+
+
+@pytest.mark.parametrize("call, shapes", [PRODUCT, CONVOLUTION])
+def test_products_alone_take_onednn_where_no_program_is_kept(nothing_kept, call, shapes):
+    text = program(call, shapes)
+    assert "ynn_fusion" not in text and ("onednn_fusion" in text) == (call is jnp.matmul)

@@ -19,6 +19,9 @@ _COMPILER_OPTIONS = {"cpu": {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 }}
+# Besides, where compiled programs need not be kept on disk, which XLA cannot do with these: oneDNN's products take less time still, in attention
+# two thirds. Each goes there alone: over some that XLA joins with what is around them ("..._TYPE_DOT"), as (a * s) @ b + c, it ends the process.
+_NOT_KEPT = {"cpu": {"xla_cpu_use_onednn": True, "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}}
 # The same for the VAE alone, once a task. A TPU's compiler looks for the best tiling of every convolution in up to 30 CPU seconds; at its level
 # O1 (jax's EffortLevel) a tile's decoding compiles in a third of the time and takes 1.26 times the cycles by its own estimate
 # (tests/benchmarks/tile_compile.py).
@@ -52,6 +55,7 @@ class Runtime:
 
 def compiler_options(mesh: Mesh | None = None, *, once: bool = False) -> dict[str, Any] | None:
     """XLA's, as jax.jit takes them, for programs that hold a VAE or sample, on the mesh or on the default device.
-    once: for a VAE that runs so seldom that its compilation counts."""
+    once: for a VAE that runs so seldom that its compilation counts. On a CPU they depend on whether JAX keeps compiled programs on disk."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return (_ONCE if once else _COMPILER_OPTIONS).get(platform)
+    options = (_ONCE if once else _COMPILER_OPTIONS).get(platform)
+    return options if jax.config.jax_compilation_cache_dir or platform not in _NOT_KEPT else {**options, **_NOT_KEPT[platform]}
