@@ -3,6 +3,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from vino_jax.nn.layers import RMSNorm
+from vino_jax.nn.module import Definition
 from vino_jax.nn.runtime import compiler_options
 
 PRODUCT = (jnp.matmul, [(512, 768), (768, 768)])
@@ -26,3 +28,9 @@ def test_products_and_convolutions_on_a_cpu_take_xlas_own_code_where_programs_ar
 def test_products_alone_take_onednn_where_no_program_is_kept(nothing_kept, call, shapes):
     text = program(call, shapes)
     assert "ynn_fusion" not in text and ("onednn_fusion" in text) == (call is jnp.matmul)
+
+
+def test_a_large_product_is_not_taken_into_the_norm_of_it(nothing_kept):
+    norm = Definition(lambda rngs: RMSNorm(128, rngs=rngs))
+    text = program(lambda x, kernel, scale: norm({"scale": scale})((x @ kernel).reshape(4096, 6, 128)), [(4096, 768), (768, 768), (128,)])
+    assert "onednn_fusion" in text and "ynn_fusion" in text

@@ -76,8 +76,11 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        over_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        # A clamp that changes nothing, and that YNNPACK does not know: on a CPU it takes the product that gave x into its sums without it, and
+        # its products are slow (nn/runtime.py).
+        over_rms = jax.lax.clamp(jnp.float32(0), over_rms, jnp.float32(jnp.inf))
+        return (x32 * over_rms * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
