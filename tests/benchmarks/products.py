@@ -1,4 +1,4 @@
-"""The products of tests/benchmarks/denoise.py on this CPU: YNNPACK's, XLA's own (Eigen's contractions) and PyTorch's, in GFLOP/s.
+"""The products of tests/benchmarks/denoise.py on this CPU: YNNPACK's, XLA's own (Eigen's contractions), oneDNN's and PyTorch's, in GFLOP/s.
 
     python -m tests.benchmarks.products [--rounds N]
 
@@ -22,7 +22,13 @@ SHAPES = {
     "queries": (4608, 768, 768, False), "MLP up": (4608, 768, 3072, False), "MLP down": (4608, 3072, 768, False),
     "scores": (768, 128, 2304, True), "weighted values": (768, 2304, 128, False),
 }
-YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+# who multiplies -> what is changed of compiler_options()
+OPTIONS = {
+    "YNNPACK": {"xla_cpu_use_onednn": False,
+                "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"},
+    "XLA": {"xla_cpu_use_onednn": False},
+    "oneDNN": {},
+}
 
 
 def rates(rows: int, summed: int, columns: int, transposed: bool, rounds: int) -> dict[str, float]:
@@ -36,7 +42,7 @@ def rates(rows: int, summed: int, columns: int, transposed: bool, rounds: int) -
         product = jax.jit(lambda a, b: jnp.einsum("lk,nk->ln" if transposed else "lk,kn->ln", a, b), compiler_options=options)
         return lambda: product(*here).block_until_ready()
 
-    calls = {"YNNPACK": compiled({**compiler_options(), **YNNPACK}), "XLA": compiled(compiler_options()), "PyTorch": lambda: theirs[0] @ theirs[1]}
+    calls = {name: compiled({**compiler_options(), **changed}) for name, changed in OPTIONS.items()} | {"PyTorch": lambda: theirs[0] @ theirs[1]}
     flops, took = 2 * rows * summed * columns, {name: [] for name in calls}
     repeats = max(1, round(WORK / flops))
     for name, call in calls.items():
@@ -55,6 +61,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", None)  # with one, no program takes oneDNN
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     for name, shape in SHAPES.items():
         print(f"{name} {shape[:3]}: " + ", ".join(f"{who} {rate:.0f}" for who, rate in rates(*shape, rounds).items()), flush=True)
