@@ -112,6 +112,13 @@ def test_memory_order_is_free(params):
     np.testing.assert_allclose(run(refs), run(jax.tree.map(lambda x: x[:, order], refs)), rtol=0, atol=BATCH_ROW_ABS)
 
 
+def assert_same(found, expected):
+    """Of a loss and its gradients."""
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
 def test_remat_changes_nothing(params):
     args, *_ = inputs(rows=2)
 
@@ -119,12 +126,9 @@ def test_remat_changes_nothing(params):
         loss = lambda p: jnp.sum(jnp.square(definition(remat=remat)(p)(*args)))  # noqa: E731
         return compiled(jax.value_and_grad(loss))(params)
 
-    value, gradients = value_and_gradient("nothing")
+    expected = value_and_gradient("nothing")
     for remat in (*(name for name in REMAT_POLICIES if name != "nothing"), "budget:0.0002"):
-        other, other_gradients = value_and_gradient(remat)
-        np.testing.assert_allclose(other, value, rtol=1e-6)
-        for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(other_gradients)):
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(jnp.abs(a).max())))
+        assert_same(value_and_gradient(remat), expected)
 
 
 def test_products_by_onednn_change_nothing(params, nothing_kept):
@@ -134,10 +138,7 @@ def test_products_by_onednn_change_nothing(params, nothing_kept):
     loss = jax.value_and_grad(lambda p: jnp.sum(jnp.square(definition()(p)(*args))))
     chosen = jax.jit(loss, compiler_options=compiler_options()).lower(params).compile()
     assert "onednn_fusion" in chosen.as_text()
-    (value, gradients), (expected, expected_gradients) = chosen(params), compiled(loss)(params)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients)):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+    assert_same(chosen(params), compiled(loss)(params))
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])

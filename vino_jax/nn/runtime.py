@@ -54,9 +54,9 @@ class Runtime:
         return jnp.dtype(self.dtype)
 
 
-def compiler_options(mesh: Mesh | None = None, *, once: bool = False) -> dict[str, Any] | None:
+def compiler_options(mesh: Mesh | None = None, *, once: bool = False) -> dict[str, Any]:
     """XLA's, as jax.jit takes them, for programs that hold a VAE or sample, on the mesh or on the default device.
     once: for a VAE that runs so seldom that its compilation counts. On a CPU they depend on whether JAX keeps compiled programs on disk."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    options = (_ONCE if once else _COMPILER_OPTIONS).get(platform)
-    return options if jax.config.jax_compilation_cache_dir or platform not in _NOT_KEPT else {**options, **_NOT_KEPT[platform]}
+    options = (_ONCE if once else _COMPILER_OPTIONS).get(platform, {})
+    return options if jax.config.jax_compilation_cache_dir else {**options, **_NOT_KEPT.get(platform, {})}
