@@ -1,5 +1,6 @@
 """Precomputed latents: what training reads of them is what it would have encoded, and what is not there or damaged is told."""
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -108,17 +109,18 @@ def test_a_batch_from_latents_is_the_encoded_batch_of_pixels(files):
     model = tiny.vino()
     encode, params = make_encoder(model, mesh, rules), tiny.params(model)["vae"]
     buckets, tasks, slots_seen = {b.name: b for b in pixels.buckets}, set(), np.zeros(2, int)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=tolerances.LATENTS_ABS)  # rows lay elsewhere in their batches
     for (name, ours), (other, theirs) in zip(batches(pixels), batches(latents), strict=True):
         assert name == other
         spec = jax.tree.map(lambda x: (x.shape, x.dtype), buckets[name].spec(moments=2 * model.config.vae.latent_channels))
         assert jax.tree.map(lambda x: (x.shape, x.dtype), theirs) == spec
         moments = jax.device_get(encode(params, place_batch(ours, mesh, rules)))
         images, clips = used(ours, buckets[name])
-        np.testing.assert_array_equal(theirs.target, moments.target)
-        np.testing.assert_array_equal(theirs.images[images], moments.images[images])
+        close(theirs.target, moments.target)
+        close(theirs.images[images], moments.images[images])
         assert not theirs.images[~images].any()
         if ours.video is not None:
-            np.testing.assert_array_equal(theirs.video[clips], moments.video[clips])
+            close(theirs.video[clips], moments.video[clips])
             assert not theirs.video[~clips].any()
         for field in set(vars(ours)) - {"target", "images", "video"}:
             np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field), err_msg=field)
