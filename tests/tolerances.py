@@ -12,9 +12,7 @@ MESH_LOSS_ABS = 1e-5  # loss curve on 8 devices against 1, over 20 steps
 TILING_GREY = 1.0  # tiled against untiled VAE, grey levels
 SAMPLE_BF16_RMS = 0.05  # sampling in bfloat16 against float32, root mean square over that of the latents
 SAMPLE_MESH_ABS = 1e-4  # sampling in float32 on several devices against one: latents
-# moments encoded in batches of another size, or elsewhere in theirs: 1 or 2 rows a device differ from 4 or 8 by 4.8e-7, a batch's last row on a
-# CPU with AVX2 and no AVX-512 from the others by 3.6e-7; values are up to 1.4
-LATENTS_ABS = 2e-6
+LATENTS_ABS = 2e-6  # moments encoded in batches of another size: 1 or 2 rows a device differ from 4 or 8 by 4.8e-7, values are up to 1.4
 MODEL_FLOPS_REL = 0.02  # model FLOPs by formula against XLA's count of a forward pass, which has elementwise work too (0.7 % of it)
 PRODUCT_FLOPS_REL = 1e-3  # the same against all matrix products of a traced step: 5e-4 are products of no weight, such as the guidance's
 BF16_MOMENTS_LOSS_REL = 1e-3  # loss curve of moments in bfloat16 against float32, six steps
