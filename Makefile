@@ -2,12 +2,14 @@
 # make test   sets up an environment and runs all tests
 # make lint   ruff
 # Both work on a fresh machine with Python 3.11 and pip; the environment is .venv here. pip compiles nothing: most of what it would
-# compile is never imported, and Python does it at the first import.
+# compile is never imported, and Python does it at the first import. It is to keep that, whatever the machine says elsewhere (containers
+# often forbid it): else each of hundreds of processes spends half of its start on compiling the same modules.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO ?= runs/demo
 DEMO_FLAGS ?=
+export PYTHONDONTWRITEBYTECODE :=
 # Files go to two workers in their order: those of e2e, which take longest, first.
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 

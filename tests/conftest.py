@@ -5,12 +5,11 @@ import tempfile
 import pytest
 
 from launch.cli import roomy_thread_pool
+from tests.compiling import xla_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Little optimisation in LLVM: tests are small, and most of their time is compilation.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 roomy_thread_pool(os.environ)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests that build the same program compile it once a worker.

@@ -13,6 +13,7 @@ from data_pipelines.loader import Loader
 from data_pipelines.media import MediaSource
 from data_pipelines.mixture import Mixture
 from data_pipelines.prompts import Prompter
+from tests.compiling import xla_flags
 from tests.data.folders import ROOT, SMALL_VLM
 from vino_jax.batch import BucketSpec
 
@@ -73,7 +74,7 @@ def test_two_real_processes(folder, never_stopped, tmp_path):
     command = [sys.executable, "-m", "tests.data.test_processes", str(folder), str(tmp_path)]
     running = []
     for index in range(2):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(4),
                        "PYTHONPATH": str(ROOT), "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
         running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     for process in running:

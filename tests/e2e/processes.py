@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 
+from tests.compiling import xla_flags
 from tests.data.folders import ROOT
 
 
@@ -14,8 +15,8 @@ def start(command, count, devices):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     running = []
     for index in range(count):
-        xla = f"--xla_force_host_platform_device_count={devices // count} --xla_backend_optimization_level=0"
-        environment = {**os.environ, "XLA_FLAGS": xla, "PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        environment = {**os.environ, "XLA_FLAGS": xla_flags(devices // count), "PYTHONPATH": str(ROOT),
+                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         if count > 1:
             environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
         running.append(subprocess.Popen([sys.executable, "-m", *map(str, command)], env=environment, stdout=subprocess.PIPE,

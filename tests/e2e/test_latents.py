@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from configs import common
+from tests.compiling import xla_flags
 from tests.data.latents import config_values, make_checkpoint, make_media
 
 CONFIG = '''
@@ -49,7 +50,7 @@ def runs(tmp_path_factory):
     values["stages"]["only"] |= {"rules": common.RULES["stage1"], "buckets": ("clip",),
                                  "tasks": {"i2v": 0.2, "ti2v": 0.3, "tv2v": 0.2, "tiv2v": 0.3}}
     (root / "config.py").write_text(CONFIG.format(text=json.dumps(values)))
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(1)}
     done = subprocess.run([sys.executable, "-c", RUN, str(root)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return root

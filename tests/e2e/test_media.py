@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.compiling import xla_flags
 from tests.data import real
 from vino_jax.batch import TASKS
 
@@ -21,7 +22,7 @@ ALL = (*PLAIN, "picture_3image_80x80_384", "clip9_3image_64x96_384", "clip9_clip
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("media")
     manifest, data, workdir = real.write_manifest(root), root / "ingested", root / "run"
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(1)}
 
     def command(*words):
         done = subprocess.run([sys.executable, "-m", *map(str, words)], env=environment, capture_output=True, text=True)

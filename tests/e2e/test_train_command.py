@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from launch import cli, train
+from tests.compiling import xla_flags
 from tests.data.folders import SMALL_VLM
 from tests.train import tiny
 from vino_jax.checkpoint import model as model_checkpoint
@@ -45,7 +46,7 @@ def files(tmp_path_factory):
 
 
 def start(files, workdir, *flags):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(2),
                    "JAX_COMPILATION_CACHE_DIR": str(files / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
     command = [sys.executable, "-m", "launch.train", "--config", str(files / "config.py"), "--workdir", str(workdir), "--quiet", *flags]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -1,16 +1,23 @@
 """Metrics of a run as JSONL and TensorBoard, and a progress bar."""
 import json
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from vino_jax.batch import TASKS
 from vino_jax.checkpoint.atomic import write_text
 from vino_jax.flow.path import TIME_BINS
+
+# tensorboardX imports PyTorch where it finds it, which nothing here needs: seconds of each start, and 200 MB. A None makes that import fail.
+_torch = sys.modules.setdefault("torch", None)
+from tensorboardX import SummaryWriter  # noqa: E402
+
+if _torch is None:
+    del sys.modules["torch"]
 
 FILES = ("metrics", "held_out")  # of the training loss and its like, and of the held-out loss
 
