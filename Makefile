@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 DEMO ?= runs/demo
 DEMO_FLAGS ?=
 export PYTHONDONTWRITEBYTECODE :=
-# Files go to two workers in their order: those of e2e, which take longest, first.
+# A file goes to one of two workers, in the order of tests/conftest.py.
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint env env-test clean
@@ -34,7 +34,7 @@ demo: env
 
 test: env-test
 	@echo "== tests on 8 virtual CPU devices"
-	JAX_PLATFORMS=cpu $(RUN) -m pytest tests/e2e tests $(PYTEST_FLAGS)
+	JAX_PLATFORMS=cpu $(RUN) -m pytest $(PYTEST_FLAGS)
 
 lint: env-test
 	$(RUN) -m ruff check .

@@ -5,7 +5,7 @@ import tempfile
 import pytest
 
 from launch.cli import roomy_thread_pool
-from tests.compiling import xla_flags
+from tests.compiling import OLDER_FUSIONS, xla_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -17,11 +17,20 @@ _CACHE = tempfile.TemporaryDirectory(prefix="vino_jax_compiled_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+import jax  # noqa: E402
+
+jax.devices()  # XLA reads its flags now, and but once; tests of aot load libtpu, which does not know them all
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(OLDER_FUSIONS, "")
+
+
+def pytest_collection_modifyitems(items):
+    """Those of e2e, which take longest, come first: files go to the workers in their order."""
+    items.sort(key=lambda item: "tests/e2e/" not in item.nodeid)
+
 
 @pytest.fixture
 def nothing_kept():
     """JAX keeps no compiled program on disk, as where nobody asked for it: a CPU's programs may take what cannot be kept."""
-    import jax  # not before the variables above
     from jax.experimental.compilation_cache import compilation_cache
 
     def keep(folder):
