@@ -24,8 +24,9 @@ os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(OLDER_FUSIONS, "")
 
 
 def pytest_collection_modifyitems(items):
-    """Those of e2e, which take longest, come first: files go to the workers in their order."""
-    items.sort(key=lambda item: "tests/e2e/" not in item.nodeid)
+    """Those of e2e and of training, which take longest, come first: files go to the workers in their order."""
+    first = ("tests/e2e/", "tests/train/test_training.py", "tests/train/")
+    items.sort(key=lambda item: next((i for i, path in enumerate(first) if path in item.nodeid), len(first)))
 
 
 @pytest.fixture

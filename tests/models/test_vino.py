@@ -11,6 +11,12 @@ from vino_jax.batch import ROLE_MARKER, ROLE_PAD
 from vino_jax.models.vino import Conditioning, Vino
 
 
+def test_fresh_parameters_are_drawn_in_the_shapes_that_a_model_names():
+    model = tiny.vino()
+    assert jax.eval_shape(lambda: model.init(jax.random.key(0))) == model.abstract
+    assert np.std(model.init(jax.random.key(0), ("connector",))["connector"]["up"]["kernel"]) > 0
+
+
 def test_posterior_noise_differs_between_rows_and_between_all_references():
     vino = tiny.vino()
     unit = lambda *shape: jnp.zeros((2, *shape, 2 * vino.config.vae.latent_channels))  # noqa: E731  mean 0, variance 1
