@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vino_jax.checkpoint.run import RunCheckpoints, complete_steps
+from vino_jax.checkpoint.run import RunCheckpoints, complete_steps, read_leaves
 from vino_jax.errors import UserError
 
 
@@ -127,6 +127,39 @@ def test_a_half_written_step_is_never_taken(tmp_path, left_behind):
         assert run.save(2, state, {"again": True})
         run.wait()
         assert run.meta(2) == {"again": True}
+
+
+@pytest.mark.parametrize("damage", ["cut off", "gone"])
+def test_a_damaged_step_is_told(tmp_path, damage):
+    state = {"kernel": jax.random.normal(jax.random.key(0), (64, 64)), "bias": jnp.ones(8)}
+    with RunCheckpoints(tmp_path / "c", 2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, {})
+        checkpoints.wait()
+        largest = max((file for file in (tmp_path / "c/2").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:100]) if damage == "cut off" else largest.unlink()
+        abstract = on_mesh(state, mesh(2, 2))
+        with pytest.raises(UserError, match="step 2 of .*/c is damaged or incomplete; remove its folder to go on from the step before"):
+            checkpoints.restore(2, abstract)
+        assert_same_bits(checkpoints.restore(1, abstract)[0], state)
+    with pytest.raises(UserError, match="/c/2 is damaged or incomplete; a run removes its older steps"):
+        list(read_leaves(tmp_path / "c", 2, ["kernel"]))
+    with pytest.raises(UserError, match="/c/7 is damaged or incomplete"):
+        list(read_leaves(tmp_path / "c", 7, ["kernel"]))
+
+
+@pytest.mark.parametrize("method", ["save_checkpointables_async", "wait", "close"])
+def test_a_full_disk_is_told(tmp_path, monkeypatch, method):
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device")
+
+    checkpoints = RunCheckpoints(tmp_path / "c", 2)
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="^cannot write .*/c: No space left on device$"):
+        patched.setattr(checkpoints._steps, method, full)
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+        checkpoints.wait()
+        checkpoints.close()
+    checkpoints.close()
 
 
 def test_another_setup_is_refused_by_the_first_difference(tmp_path):

@@ -46,6 +46,13 @@ def test_no_step_stands_twice(tmp_path):
     assert tags == [("stage2/loss", 8), ("stage2/held_out/loss", 8), ("stage2/picture", 8)]
 
 
+def test_a_stage_that_begins_again_measures_its_start_again(tmp_path):
+    for _ in range(2):  # killed before the first checkpoint
+        write(tmp_path, {"stage1": 0, "stage2": 0}, [("stage1", 0), ("stage1", 1)])
+    for name in ("metrics", "held_out"):
+        assert [json.loads(line)["step"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] == [0, 1]
+
+
 def test_a_kill_while_records_are_dropped_loses_none(tmp_path, monkeypatch):
     write(tmp_path, {}, [("stage1", 1), ("stage1", 2)])
     before = (tmp_path / "metrics.jsonl").read_text()

@@ -57,6 +57,12 @@ def test_stages_of_other_names_are_another_config(tmp_path):
         claim(tmp_path, other)
 
 
+def test_a_stage_whose_checkpoint_is_gone_is_told(tmp_path):
+    make(tmp_path, stage1=150, stage3=40)
+    with pytest.raises(UserError, match="checkpoints/stage2 has no complete checkpoint, though stage 'stage3' has begun.*: put it back"):
+        claim(tmp_path, config())
+
+
 def test_before_the_first_checkpoint_only_imported_parts_bind(tmp_path):
     make(tmp_path)
     claim(tmp_path, config(seed=9, init__vae="elsewhere"))

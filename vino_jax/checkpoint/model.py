@@ -27,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
 from vino_jax.checkpoint.atomic import atomic_folder
+from vino_jax.checkpoint.storage import reading
 from vino_jax.errors import UserError
 from vino_jax.nn.module import Params, by_path
 from vino_jax.settings import VinoConfig, build, read_json
@@ -280,13 +281,8 @@ def _read_part(folder: Path, stored: Mapping[str, Leaf], wanted: Mapping[str, ja
     arrays: dict[str, jax.Array] = {path: jnp.zeros(s.shape, s.dtype, device=s.sharding) for path, s in groups.pop(-1, {}).items()}
     for number, targets in sorted(groups.items()):
         others = [path for path, leaf in stored.items() if leaf.group == number and path not in targets]
-        try:
-            with _ORBAX:
-                arrays.update(ocp.load(folder / str(number), {**targets, **dict.fromkeys(others, ocp.PLACEHOLDER)}))
-        except Exception as error:  # Orbax raises bare Exceptions for data that is cut off; only those that speak of storage are the user's
-            if isinstance(error, (OSError, ocp.errors.InvalidLayoutError)) or "tensorstore" in str(error).lower():
-                raise UserError(f"{folder / str(number)} is damaged or incomplete; copy or import the checkpoint again") from error
-            raise
+        with reading(str(folder / str(number)), "copy or import the checkpoint again"), _ORBAX:
+            arrays.update(ocp.load(folder / str(number), {**targets, **dict.fromkeys(others, ocp.PLACEHOLDER)}))
     return {path: arrays[path] for path in wanted}
 
 

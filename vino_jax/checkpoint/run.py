@@ -3,6 +3,7 @@
 A step is stored as a flat table {path of the leaf in the state's tree: array}, so that what holds the leaves (optax's
 NamedTuples, dataclasses, dicts) is taken from the abstract state at restore and need not be readable from disk.
 """
+import functools
 import gc
 import json
 import math
@@ -18,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from vino_jax.checkpoint.atomic import barrier
 from vino_jax.checkpoint.model import GROUP_BYTES
+from vino_jax.checkpoint.storage import reading, writing
 from vino_jax.errors import UserError
 
 _STATE = "state"
@@ -30,14 +32,21 @@ def complete_steps(directory: str | Path) -> list[int]:
 
 
 def read_leaves(directory: str | Path, step: int, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """(dotted path in the state, array on the host) of some arrays of a complete step, about GROUP_BYTES at a time."""
-    stored = ocp.checkpointables_metadata(Path(directory).absolute() / str(step)).metadata[_STATE]
+    """(dotted path in the state, array on the host) of some arrays of a complete step, about GROUP_BYTES at a time.
+
+    Raises UserError where the step is damaged, or gone, as the run that writes it keeps its last few alone.
+    """
+    folder = Path(directory).absolute() / str(step)
+    whole = functools.partial(reading, str(folder), "a run removes its older steps, so begin again where it is going on")
+    with whole():
+        stored = ocp.checkpointables_metadata(folder).metadata[_STATE]
     cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     targets = {path: jax.ShapeDtypeStruct(stored[path].shape, stored[path].dtype, sharding=cpu) for path in paths}
     ends = np.cumsum([math.prod(target.shape) * target.dtype.itemsize for target in targets.values()]) // GROUP_BYTES
     for group in np.unique(ends):
         wanted = {path: target for (path, target), end in zip(targets.items(), ends) if end == group}
-        read = ocp.load_checkpointables(Path(directory).absolute() / str(step), {_STATE: dict.fromkeys(stored, ocp.PLACEHOLDER) | wanted})
+        with whole():
+            read = ocp.load_checkpointables(folder, {_STATE: dict.fromkeys(stored, ocp.PLACEHOLDER) | wanted})
         yield from ((path, np.asarray(read[_STATE].pop(path))) for path in wanted)
         gc.collect()  # see iter_arrays of checkpoint/model.py
 
@@ -71,13 +80,14 @@ class RunCheckpoints:
         """Start saving `state` (tree of jax arrays) as `step`, on every host; nothing where that step or a later one is there.
 
         Returns whether a save was started. The arrays may be donated as soon as this returns. meta: JSON values.
-        An error of the save before comes out here, in wait() or in close().
+        An error of the save before comes out here, in wait() or in close(); where the disk did not take it, a UserError.
         """
         newest = self.latest()
         if newest is not None and step <= newest:
             return False
         meta = json.loads(json.dumps(dict(meta)))  # refuse what is no JSON now, not in the background
-        self._steps.save_checkpointables_async(step, {_STATE: _filled(_flat(state))}, force=True, custom_metadata={"meta": meta})
+        with writing(str(self.directory)):
+            self._steps.save_checkpointables_async(step, {_STATE: _filled(_flat(state))}, force=True, custom_metadata={"meta": meta})
         return True
 
     def latest(self) -> int | None:
@@ -99,25 +109,30 @@ class RunCheckpoints:
         where each array goes (the default device where there is none).
 
         partial: `abstract` is part of the state; the other arrays are not read. Raises UserError where the step is absent or its
-        arrays are not those of `abstract`, naming the first difference.
+        arrays are not those of `abstract`, naming the first difference, or is damaged.
         """
         self._check(step)
         wanted = _flat(abstract)
-        stored = self._steps.checkpointables_metadata(step).metadata[_STATE]
+        whole = functools.partial(reading, f"step {step} of {self.directory}", "remove its folder to go on from the step before")
+        with whole():
+            stored = self._steps.checkpointables_metadata(step).metadata[_STATE]
         rest = [path for path in stored if partial and path not in wanted]
         self._compare(step, _filled(wanted), {path: leaf for path, leaf in stored.items() if path not in rest})
         targets = {path: _target(leaf) for path, leaf in _filled(wanted).items()} | dict.fromkeys(rest, ocp.PLACEHOLDER)
-        arrays = self._steps.load_checkpointables(step, {_STATE: targets})[_STATE] if targets else {}
+        with whole():
+            arrays = self._steps.load_checkpointables(step, {_STATE: targets})[_STATE] if targets else {}
         leaves = [arrays[path] if path in arrays else jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves), self.meta(step)
 
     def wait(self) -> None:
         """Return when nothing is being saved any more; raises what the save raised."""
-        self._steps.wait()
+        with writing(str(self.directory)):
+            self._steps.wait()
 
     def close(self) -> None:
         """Finish the save under way and release the directory."""
-        self._steps.close()
+        with writing(str(self.directory)):
+            self._steps.close()
 
     def __enter__(self) -> "RunCheckpoints":
         return self

@@ -71,7 +71,8 @@ class MetricWriter:
 def _drop_after(path: pathlib.Path, resume_at: Mapping[str, int]) -> None:
     lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may have cut the last line
     records = [json.loads(line) for line in lines]
-    kept = [r for r in records if r["stage"] not in resume_at or r["step"] <= resume_at[r["stage"]]]
+    # a stage that is at its start measures step 0 again
+    kept = [r for r in records if r["stage"] not in resume_at or r["step"] <= (resume_at[r["stage"]] or -1)]
     write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
 
 

@@ -43,7 +43,8 @@ def claim(workdir: Path, config: RunConfig) -> None:
     """Make the directory and write config.json, or go on in a directory of the same config.
 
     Keys of FREE may differ, and the steps of the last stage that has begun may grow, those of later ones change. Nothing binds what
-    has not been made: before the first checkpoint only init/ does. Raises UserError naming what differs, and then changes nothing.
+    has not been made: before the first checkpoint only init/ does. Raises UserError naming what differs, or the stage whose checkpoint is
+    gone though a later one has begun, and then changes nothing.
     """
     path, new = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists():
@@ -56,6 +57,11 @@ def claim(workdir: Path, config: RunConfig) -> None:
         if different:
             more = f" and {len(different) - TOLD} more" if len(different) > TOLD else ""
             raise UserError(f"{workdir} was begun with another config: {'; '.join(different[:TOLD])}{more}; choose another workdir")
+        begun = [name for name, step in done.items() if step]
+        for name in list(done)[:len(begun)]:
+            if not done[name]:  # its records would be dropped, and what it trained be missing
+                raise UserError(f"{checkpoints_folder(workdir, name)} has no complete checkpoint, though stage {begun[-1]!r} has begun, which goes "
+                                "on from it: put it back, or choose another workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(new, indent=1))
