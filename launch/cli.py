@@ -17,6 +17,7 @@ THREADS_A_DEVICE = 4  # of XLA's pool: a step of the small model takes 7 % longe
 
 PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 JOIN_SECONDS = 1800  # JAX's 300 are too few where machines of a pod start minutes apart
+EXIT_ALONE = 44  # others did not come in that time; JAX would abort, as where others are gone
 LEAVE_SECONDS = 60  # for the others to end too: all end within moments of each other, or one has failed
 FAIL_SECONDS = 10  # the same, for one that has failed
 
@@ -75,7 +76,8 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
 
     VINO_DISTRIBUTED=1: one of a pod, whose machines JAX finds by itself. JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0),
     JAX_NUM_PROCESSES=N and JAX_PROCESS_ID=0..N-1: one of those, on any machines. Neither: a process of its own.
-    Raises UserError for one of the three without the others, or values that are none.
+    Raises UserError for one of the three without the others, or values that are none. Where the others do not come within JOIN_SECONDS, the
+    process ends with EXIT_ALONE.
     """
     named = {name: environment[name] for name in PROCESS_VARIABLES if environment.get(name)}
     pod = environment.get("VINO_DISTRIBUTED", "0") not in ("", "0")
@@ -95,7 +97,17 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
                             "a number, and a number below it")
         where = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
     jax.config.update("jax_enable_preemption_service", False)  # train/preemption.py says why
-    jax.distributed.initialize(**where, initialization_timeout=JOIN_SECONDS, shutdown_timeout_seconds=LEAVE_SECONDS)
+    giving_up = threading.Timer(JOIN_SECONDS, _leave_alone)
+    giving_up.daemon = True
+    giving_up.start()
+    jax.distributed.initialize(**where, initialization_timeout=JOIN_SECONDS + LEAVE_SECONDS, shutdown_timeout_seconds=LEAVE_SECONDS)
+    giving_up.cancel()
+
+
+def _leave_alone() -> None:
+    minutes = JOIN_SECONDS / 60
+    print(f"error: the other processes of this run did not come within {minutes:g} minutes; see how they ended", file=sys.stderr, flush=True)
+    os._exit(EXIT_ALONE)
 
 
 def roomy_thread_pool(environment: MutableMapping[str, str]) -> None:

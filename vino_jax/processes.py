@@ -19,8 +19,7 @@ def is_first() -> bool:
 
 
 def store() -> Any:
-    """The client of the store of keys that all processes share: key_value_set(key, text), blocking_key_value_get(key, milliseconds),
-    wait_at_barrier(key, milliseconds)."""
+    """The client of the store of keys that all processes share: key_value_set(key, text), blocking_key_value_get(key, milliseconds)."""
     return distributed.global_state.client
 
 

@@ -59,7 +59,7 @@ declare -A FORMS=(
   [code]="https://HOST/REPOSITORY@COMMIT,_COMMIT_of_7_to_40_hex_digits,_or_gs://BUCKET/FILE.tar.gz gs://.+\.tar\.gz|(https://|ssh://|git@).+@[0-9a-f]{7,40}"
   [slices]="2 [1-9][0-9]*" [grace]="600 [1-9][0-9]*" [seconds]="5 [1-9][0-9]*" [worker]="0_or_all [0-9]+|all"
 )
-RESTART_ON="42 43 134 143"  # train_loop.sh says why
+RESTART_ON="42 43 44 134 143"  # train_loop.sh says why; 44: other hosts did not come in time
 RESTARTS=100
 PROFILE_PORT=9012
 HOME_ON_HOST=/opt/vino_jax
@@ -227,7 +227,7 @@ do_xpk() {
   for bucket in "${buckets[@]}"; do flags+=(--storage "$bucket"); done
   for variable in "${environment[@]}"; do flags+=(--env "$variable"); done
   run xpk workload create --workload "${given[name]}" --cluster "${given[cluster]}" --project "${given[project]}" --zone "${given[zone]}" \
-    --tpu-type "$accelerator_type" --num-slices "${given[slices]}" "${source[@]}" "${flags[@]}" \
+    --tpu-type "$accelerator_type" --num-slices "${given[slices]}" --docker-name train "${source[@]}" "${flags[@]}" \
     --max-restarts "$RESTARTS" --restart-on-exit-codes "${RESTART_ON// /,}" --termination-grace-period-seconds "${given[grace]}" \
     --command "$start $(quoted "${arguments[@]}")"
 }

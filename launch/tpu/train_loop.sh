@@ -7,6 +7,8 @@
 # --pause     seconds before a restart (10), in which the other hosts end too
 # --log       a file that gets all output besides stdout, from where the serial console has it
 #
+# Not after 44, other hosts did not come in time: one that has ended for good would be waited for at every start. On GKE all start anew.
+#
 # SIGTERM goes on to the command, which saves and ends; nothing is restarted after it. How long that may take is for whoever sends
 # SIGKILL afterwards: systemd's TimeoutStopSec, Kubernetes' terminationGracePeriodSeconds. The exit code is that of the last start.
 set -euo pipefail

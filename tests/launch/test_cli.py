@@ -119,4 +119,4 @@ def test_what_the_environment_says_of_other_processes(environment, given, monkey
     monkeypatch.setattr("jax.distributed.initialize", lambda **arguments: met.append(arguments))
     monkeypatch.setattr("jax.config.update", lambda *_: None)
     cli.join_processes(environment)
-    assert met == ([] if given is None else [{**given, "initialization_timeout": 1800, "shutdown_timeout_seconds": 60}])
+    assert met == ([] if given is None else [{**given, "initialization_timeout": 1860, "shutdown_timeout_seconds": 60}])

@@ -139,8 +139,9 @@ def test_xpk(dry):
     words = shlex.split(dry([*XPK, "--slices", "2", "--image", "reg/vino:1"], TRAINING)[-1])
     assert words[:4] == ["xpk", "workload", "create", "--workload"]
     pairs = list(zip(words, words[1:]))
-    for pair in [("--cluster", "c"), ("--num-slices", "2"), ("--docker-image", "reg/vino:1"), ("--restart-on-exit-codes", "42,43,134,143"),
-                 ("--termination-grace-period-seconds", "600"), ("--max-restarts", "100"), ("--env", "VINO_DISTRIBUTED=1"), ("--storage", "runs")]:
+    for pair in [("--cluster", "c"), ("--num-slices", "2"), ("--docker-image", "reg/vino:1"), ("--docker-name", "train"),
+                 ("--restart-on-exit-codes", "42,43,44,134,143"), ("--termination-grace-period-seconds", "600"), ("--max-restarts", "100"),
+                 ("--env", "VINO_DISTRIBUTED=1"), ("--storage", "runs")]:
         assert pair in pairs
     start = shlex.split(words[-1])  # what the shell in the container makes of it
     assert start == ["exec", "bash", "launch/tpu/train_loop.sh", "--restarts", "0", "--", "python", *COMMAND]
@@ -171,7 +172,7 @@ def test_jobset(dry):
     assert one["replicas"] == 1 and job["backoffLimit"] == 0
     evicted, ended = job["podFailurePolicy"]["rules"]
     assert evicted == {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
-    assert ended == {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "NotIn", "values": [42, 43, 134, 143]}}
+    assert ended == {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "NotIn", "values": [42, 43, 44, 134, 143]}}
     assert pod["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     spec = pod["spec"]
     assert spec["restartPolicy"] == "Never" and spec["terminationGracePeriodSeconds"] == 600 and spec["hostNetwork"] is False
@@ -315,6 +316,7 @@ def loop(folder, codes, *flags):
     ((42, 43, 0), (), 0, 3),
     ((134, 143, 0), (), 0, 3),  # another host is gone; stopped before there was anything to save
     ((2, 0), (), 2, 1),
+    ((134, 44, 0), (), 44, 2),  # the other host has ended for good
     ((42, 2, 0), (), 2, 2),
     ((1, 0), (), 1, 1),
     ((137, 0), (), 137, 1),
@@ -400,7 +402,7 @@ def test_the_start_up_script_trains_until_the_run_is_done(dry, tmp_path):
 
 
 def test_all_ways_restart_on_the_same_codes(dry):
-    told = set(re.findall(r"^  \[(\d+)\]=", (TPU / "train_loop.sh").read_text(), re.M))
+    told = {"44", *re.findall(r"^  \[(\d+)\]=", (TPU / "train_loop.sh").read_text(), re.M)}  # 44: where all hosts start anew
     words = shlex.split(dry(XPK, TRAINING)[-1])
     assert told == set(words[words.index("--restart-on-exit-codes") + 1].split(","))
     assert told == {str(code) for code in json.loads(re.search(r"values: (\[.*?\])", "\n".join(dry(JOBSET, TRAINING)))[1])}

@@ -9,14 +9,14 @@ import pytest
 
 from vino_jax.train import preemption
 
-STEPS, COUNT = 12, 3
+STEPS, COUNT, ANSWER_MS = 12, 3, 3
 
 
 class Store:
     """What `Stop` uses of JAX's store of keys."""
 
     def __init__(self):
-        self._changed, self._values, self._barrier = threading.Condition(), {}, threading.Barrier(COUNT)
+        self._changed, self._values = threading.Condition(), {}
 
     def key_value_set(self, key, value, allow_overwrite=False):
         with self._changed:
@@ -25,13 +25,12 @@ class Store:
             self._changed.notify_all()
 
     def blocking_key_value_get(self, key, milliseconds):
+        """As over a network: nothing is answered at once, and one who does not wait for the answer is told that there is none."""
+        time.sleep(min(milliseconds, ANSWER_MS) / 1000)
         with self._changed:
-            if not self._changed.wait_for(lambda: key in self._values, min(milliseconds / 1000, 20)):
+            if milliseconds < ANSWER_MS or not self._changed.wait_for(lambda: key in self._values, min(milliseconds / 1000, 20)):
                 raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
             return self._values[key]
-
-    def wait_at_barrier(self, key, milliseconds):
-        self._barrier.wait(20)
 
 
 def run(monkeypatch, asked, at, seed):

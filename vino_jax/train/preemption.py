@@ -26,7 +26,8 @@ class Stop:
 
     No step waits for other processes. Where one was asked to stop, all tell how many steps they have begun, held at their next question
     for as long as that takes, and stop after the first step that none has begun. Where the stage ends before, `late` says, once this context
-    is left, that somebody was asked. stage: its name.
+    is left, that somebody was asked; a process that is asked later than it could tell the others is ended as by a signal that comes
+    afterwards. stage: its name.
     """
 
     def __init__(self, stage: str):
@@ -54,8 +55,8 @@ class Stop:
     def _agree(self) -> None:
         while not self._closed.is_set():
             if self._asked:
-                self._set("asked")
-            if not self._is_set("asked", _POLL_MS):
+                self._set("asked", "")
+            if not self._is_asked():
                 self._closed.wait(0.05)
                 continue
             with self._deciding:
@@ -66,12 +67,13 @@ class Stop:
                 self._last = self._answer("last")
             return
 
-    def _set(self, name: str) -> None:
-        self._store.key_value_set(f"{self._key}/{name}", "", allow_overwrite=True)
+    def _set(self, name: str, value: str) -> None:
+        self._store.key_value_set(f"{self._key}/{name}", value, allow_overwrite=True)
 
-    def _is_set(self, name: str, wait_ms: int) -> bool:
+    def _is_asked(self) -> bool:
+        """Whether a process has told that it was asked; "no" may mean that the answer took too long, so it has to be asked again."""
         try:
-            self._store.blocking_key_value_get(f"{self._key}/{name}", wait_ms)
+            self._store.blocking_key_value_get(f"{self._key}/asked", _POLL_MS)
         except jax.errors.JaxRuntimeError:
             return False
         return True
@@ -80,14 +82,15 @@ class Stop:
         return int(self._store.blocking_key_value_get(f"{self._key}/{name}", processes.WAIT_MS))
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        told = self._asked
         if self._thread:
-            if kind is None:  # one that is held at its last step waits for the answers of all
-                if self._asked:
-                    self._set("late")
-                self._store.wait_at_barrier(f"{self._key}/left", processes.WAIT_MS)
-                self.late = self._is_set("late", 1)
+            if kind is None:  # one that is held at its last step waits for the answers of all, so nobody leaves before all are here
+                self._set(f"late/{self._index}", str(int(told)))
+                self.late = any([self._answer(f"late/{i}") for i in range(self._processes)])
             self._closed.set()
             self._thread.join(10 * _POLL_MS / 1000)
         else:
-            self.late = self._asked
+            self.late = told
         signal.signal(signal.SIGTERM, self._former)
+        if self._asked and not told:  # while the others answered
+            signal.raise_signal(signal.SIGTERM)
