@@ -81,7 +81,7 @@ def clip_facts(media: Media | str | Path) -> Facts:
     with _container(media) as container:
         times, size = [], None
         for packet in container.demux(video=0):
-            if packet.size and not packet.is_corrupt:
+            if packet.size and not (packet.is_corrupt or packet.is_discard):  # an edit list hides frames
                 times.append(float(packet.pts * packet.time_base) if packet.pts is not None else 0.0)
             size = size or next(map(shown_size, packet.decode()), None)  # how a clip is turned stands beside its frames
         if not times or not size:

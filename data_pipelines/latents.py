@@ -32,7 +32,7 @@ from data_pipelines.samples import Sample
 from vino_jax.batch import BucketSpec
 from vino_jax.errors import UserError
 
-FORMAT = 1  # goes into every key: raise it when the same files give other pixels, moments or patches
+FORMAT = 2  # goes into every key: raise it when the same files give other pixels, moments or patches
 RECORDS, INDEX, HASHES, UNFINISHED = ".array_record", ".index.jsonl", ".hashes.jsonl", ".incomplete"
 OPTIONS = "group_size:1,zstd:3"  # Grain reads single records; zstd makes patches ten times smaller, moments hardly
 SHARD_BYTES, SHARD_SECONDS = 1 << 28, 120.0  # at which a shard is finished: what a kill can cost

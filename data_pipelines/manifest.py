@@ -82,7 +82,7 @@ def parse_item(entry: object, resolve: Callable[[str], Media]) -> Item:
         raise entry
     if isinstance(entry, str):
         try:
-            entry = json.loads(entry, object_pairs_hook=_once)
+            entry = json.loads(entry.rstrip("\r\n"), object_pairs_hook=_once)  # else an error at the end counts as the next line's
         except json.JSONDecodeError as error:
             raise UserError(f"not JSON ({error.msg}, column {error.colno}); one object a line is expected") from None
         except (ValueError, RecursionError) as error:

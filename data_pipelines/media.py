@@ -1,8 +1,8 @@
 """Samples from real pictures and clips: which bucket an item goes to, which clips are taken of it, and their pixels.
 
 Each item goes to the bucket that suits it (data_pipelines.buckets.fitting). Target and reference clip, and reference images of
-the target's own aspect ratio, are scaled to cover the bucket's size and cut evenly at both sides, so that what matches before
-still matches; other reference images are letterboxed on white.
+the target's own aspect ratio where the bucket's have it too, are scaled to cover the bucket's size and cut evenly at both sides, so that
+what matches before still matches; other reference images are letterboxed on white.
 
 Of a clip that is longer than its bucket one or several windows are taken (`Clips`), each a sample of its own; reference clips
 by the same windows.
@@ -14,6 +14,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -134,7 +135,7 @@ class MediaSource:
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for group, windows in sorted(self._groups.items()):
-            digest.update(json.dumps([group, [[w.item.id, w.item.target.name, w.start] for w in windows]]).encode())
+            digest.update(json.dumps([group, [[*_told(w.item), w.start] for w in windows]]).encode())
         return digest.hexdigest()
 
     def window(self, task: str, bucket: BucketSpec, index: int) -> Window:
@@ -152,6 +153,12 @@ class MediaSource:
         raise UserError(f"none of the {len(group)} samples of task {task} in bucket {bucket.name} can be read")
 
 
+def _told(item: Item) -> list[Any]:
+    """All that makes an item but what its files hold and where they lie."""
+    files = [media.name for media in (item.target, *item.images, *([item.video] if item.video else []))]
+    return [item.id, files, item.texts, item.base_image]
+
+
 def read_window(window: Window, bucket: BucketSpec, clips: Clips) -> Sample:
     """The pixels of a sample, at the sizes of its bucket. Raises UserError for a clip that gives fewer frames than its header promised."""
     item, rate = window.item, FPS if clips.compat == "true_rate" else None
@@ -160,16 +167,23 @@ def read_window(window: Window, bucket: BucketSpec, clips: Clips) -> Sample:
     else:
         target = cover(read_image(item.target), bucket.height, bucket.width)[None]
 
+    facts, slot = facts_of(item.target, NEEDS[item.task].clip), (bucket.image_height, bucket.image_width)
+    alike = bool(bucket.images) and _same_aspect(slot, (bucket.height, bucket.width))
+
     def reference(media):
-        image, facts = read_image(media), facts_of(item.target, NEEDS[item.task].clip)
-        same = abs(image.shape[0] / image.shape[1] / (facts.height / facts.width) - 1) < SAME_ASPECT
-        return (cover if same else letterbox)(image, bucket.image_height, bucket.image_width)
+        image = read_image(media)
+        return (cover if alike and _same_aspect(image.shape, (facts.height, facts.width)) else letterbox)(image, *slot)
 
     images = tuple(reference(media) for media in item.images)
     if item.task == "i2v" and not images:
-        images = (cover(target[0], bucket.image_height, bucket.image_width),)
+        images = ((cover if alike else letterbox)(target[0], *slot),)
     video = item.video and read_cut_clip(item.video, bucket.video_frames, bucket.video_height, bucket.video_width, window.start, rate)
     return Sample(item.id, item.task, target, dict(item.texts), images=images, video=video, base_image=item.base_image)
+
+
+def _same_aspect(size: Sequence[int], other: Sequence[int]) -> bool:
+    """Of two sizes (height, width, ...)."""
+    return abs(size[0] / size[1] / (other[0] / other[1]) - 1) < SAME_ASPECT
 
 
 def facts_of(media: Media, clip: bool) -> Facts:

@@ -74,10 +74,21 @@ def check_data(config: RunConfig) -> None:
         if value not in known:
             raise UserError(f"unknown data.{key} {value!r}{nearest(value, known)}")
     clip_options(config)
+    of_seed: dict[int, str] = {}
+    for name in config.stages:
+        other = of_seed.setdefault(plan_seed(config, name), name)
+        if other != name:
+            raise UserError(f"stages {other!r} and {name!r} would draw the same samples, as their names have the same letters' sum: rename one")
     if data.precomputed:
         check_ends(config)
     if config.log.evaluate_every:
         check_held_out(config)
+
+
+def check_manifest(config: RunConfig) -> None:
+    """Raises UserError where the samples of training are to be read from nowhere."""
+    if config.data.source not in ENDLESS and not config.data.manifest:
+        raise UserError(f"data.source {config.data.source!r} reads a manifest: set config.data.manifest=FILE (docs/data.md)")
 
 
 def check_ends(config: RunConfig) -> None:
@@ -124,6 +135,11 @@ def precomputed_source(config: RunConfig, directory: pathlib.Path, prompter: Pro
     return lambda source, buckets: LatentSource(source, buckets, latents, keys)
 
 
+def plan_seed(config: RunConfig, stage: str) -> int:
+    """The seed of a stage's plan: stages draw different samples."""
+    return config.seed + sum(map(ord, stage))
+
+
 class StageData:
     """The samples of one stage. problems: what becomes of items that are wrong (by default they end the run). precomputed: see
     `precomputed_source`; previews take pixels all the same.
@@ -138,7 +154,7 @@ class StageData:
         self.mixture = Mixture(stage.tasks, stage.texts, stage.text_dropout, stage.image_dropout)
         self.pixels = SOURCES[config.data.source](config, self.named, stage.tasks, prompter, problems or Problems())
         self.source = precomputed(self.pixels, self.named) if precomputed else self.pixels
-        self.seed = config.seed + sum(map(ord, stage.name))  # of the plan: stages draw different samples
+        self.seed = plan_seed(config, stage.name)
         self.schedule = Schedule(self.seed, self.mixture, self.named, self.source)
 
     @property

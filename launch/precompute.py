@@ -28,7 +28,7 @@ from data_pipelines.samples import Sample, check_finite
 from launch import cli
 from launch.config import parse
 from launch.convert import import_parts
-from launch.data import StageData, check_data, check_ends, make_keys, problems_file, write_unplaced
+from launch.data import StageData, check_data, check_ends, check_manifest, make_keys, problems_file, write_unplaced
 from vino_jax.batch import Batch
 from vino_jax.checkpoint import model as model_checkpoint
 from vino_jax.convert.parts import Given
@@ -126,6 +126,7 @@ def precompute(config: RunConfig, output: pathlib.Path, *, shard: tuple[int, int
     """
     check_data(config)
     check_ends(config)
+    check_manifest(config)
     cli.make_output(output)
     name = shard_name(*shard)
     with locked(output / f"{name}.lock", f"another launch.precompute is writing shard {shard[0]}/{shard[1]} of {output}: give each its own"):

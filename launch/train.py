@@ -23,7 +23,7 @@ from data_pipelines.prompts import Prompter
 from launch import cli
 from launch.config import parse
 from launch.convert import import_parts
-from launch.data import StageData, check_data, check_order, precomputed_source, problems_file, write_unplaced
+from launch.data import StageData, check_data, check_manifest, check_order, precomputed_source, problems_file, write_unplaced
 from launch.held_out import HeldOutLoss, record
 from launch.previews import Previews
 from vino_jax import processes
@@ -75,7 +75,8 @@ def train(config: RunConfig, workdir: pathlib.Path, *, quiet: bool = False, begu
     """Run all stages and return the directory of the model checkpoint at their end. begun: see Goodput. On several processes, which see
     the same workdir, call it on every one.
 
-    Raises UserError, before it touches anything, where the config does not go with the machine or with what stands in the workdir.
+    Raises UserError where the config does not go with the machine or with what stands in the workdir, before it touches anything, and, once
+    parts are imported, where it does not go with the model or the data.
     """
     quiet = quiet or not processes.is_first()
     say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
@@ -83,6 +84,7 @@ def train(config: RunConfig, workdir: pathlib.Path, *, quiet: bool = False, begu
     if config.log.profile_port:
         jax.profiler.start_server(config.log.profile_port)
     check_data(config)
+    check_manifest(config)
     mesh, rules = make_mesh(config.mesh.sizes), preset(config.mesh.preset)
     for stage in config.stages.values():
         check_batches(stage, [config.buckets[name] for name in stage.buckets], mesh, rules)

@@ -29,7 +29,7 @@ BUCKETS = (
 GREY = 90  # of all that is right
 
 
-def write_clip(path, frames, grey=GREY, packets=None):
+def write_clip(path, frames, grey=GREY):
     """A clip of one grey, faststart: what is cut off at its end does not make it unreadable as a whole."""
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=24)

@@ -77,6 +77,21 @@ def test_a_reference_clip_may_be_shorter_than_its_target(tmp_path, windows, star
         assert numbers(sample.target) == list(range(start, start + 9)) and numbers(sample.video) == list(range(start, start + 5))
 
 
+def test_frames_that_an_edit_list_hides_are_no_frames(tmp_path):
+    """As where a clip was cut without coding it anew: what is needed to decode its first frame lies before it, and is not shown."""
+    path = write_clip(tmp_path / "whole.mp4", 12)
+    with av.open(str(path)) as whole, av.open(str(tmp_path / "cut.mp4"), "w") as cut:
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.size:
+                earlier = 4 * packet.duration
+                packet.pts, packet.dts, packet.stream = packet.pts - earlier, packet.dts - earlier, stream
+                cut.mux(packet)
+    facts = clip_facts(tmp_path / "cut.mp4")
+    assert facts == decoded_facts(tmp_path / "cut.mp4") and facts.frames == 8
+    assert numbers(read_cut_clip(tmp_path / "cut.mp4", 8, 32, 32)) == list(range(4, 12))
+
+
 def test_true_rates(tmp_path):
     """At 24 a second: of 48 every other, of 12 each twice, of 23.976 each once; by time stamps where there is no rate."""
     read = lambda path, count, start=0: numbers(read_cut_clip(path, count, 32, 32, start, 24.0))  # noqa: E731

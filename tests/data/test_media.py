@@ -108,9 +108,11 @@ def test_a_stage_leaves_other_tasks_and_knows_its_samples(root):
     source_of(root, LINES)
     pictures = MediaSource(root / "manifest.jsonl", root, BUCKETS, tasks=("t2i", "t2v"))
     assert pictures.undrawn() == {"i2v": 1, "ti2v": 1, "ti2i": 2, "ti2i_baseimg": 1, "tv2v": 1, "tiv2v": 1}
-    orders = (LINES, LINES, LINES[1:], [LINES[0], LINES[2], LINES[1], *LINES[3:]], [*LINES, LINES[0]])
+    other = [[*LINES[:8], {**LINES[8], **change}, *LINES[9:]] for change in (
+        {"instruction": "Break it."}, {"images": ["chelsea.png"]}, {"images": ["coffee.png", "chelsea.png"]}, {"short": "A cup."})]
+    orders = (LINES, LINES, LINES[1:], [LINES[0], LINES[2], LINES[1], *LINES[3:]], [*LINES, LINES[0]], *other)
     prints = [source_of(root, lines).fingerprint() for lines in orders]
-    assert prints[0] == prints[1] and len(set(prints)) == 4
+    assert prints[0] == prints[1] and len(set(prints)) == 8
 
 
 def test_pixels_are_those_of_the_files(root):
@@ -130,6 +132,18 @@ def test_pixels_are_those_of_the_files(root):
     edited = source.sample("tiv2v", by_name["clip_edit"], 0)
     assert edited.images[0].shape == (32, 48, 3) and (edited.images[0][:, :4] == 255).all()  # a square picture, letterboxed
     assert edited.video.shape == (5, 32, 48, 3) and edited.texts == {"instruction": ("Put her in.",)}
+
+
+def test_a_reference_of_another_shape_than_the_target_loses_nothing(root):
+    """Where a bucket's reference images are square and its target is not, they are letterboxed, as in sampling."""
+    square = [dataclasses.replace(BUCKETS[4], images=1, image_width=32), dataclasses.replace(BUCKETS[5], image_width=32)]
+    source = source_of(root, [LINES[8], LINES[6]], square)
+    for task, bucket in (("ti2i", square[0]), ("i2v", square[1])):
+        sample = source.sample(task, bucket, 0)
+        (seen,), whole = sample.images, sample.target[0]
+        assert (seen[:4] == 255).all() and (seen[-4:] == 255).all()  # 32 x 21 of a 3:2 picture, on white
+        narrow = np.asarray(Image.fromarray(whole).resize((32, 21), Image.Resampling.LANCZOS))
+        assert np.abs(seen[5:26, [0, -1]].astype(int) - narrow[:, [0, -1]]).mean() < 8  # its left and right ends
 
 
 def test_cutting_is_even():

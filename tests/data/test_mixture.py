@@ -14,7 +14,7 @@ from data_pipelines.sources import Usage
 from vino_jax.batch import TASKS, BucketSpec
 from vino_jax.errors import UserError
 
-WEIGHTS = {"t2i": .1, "t2v": .1, "i2v": .1, "ti2v": .15, "ti2i": .25, "ti2i_baseimg": .05, "tv2v": .15, "tiv2v": .1}  # SPEC 10, stage 3
+WEIGHTS = {"t2i": .1, "t2v": .1, "i2v": .1, "ti2v": .15, "ti2i": .25, "ti2i_baseimg": .05, "tv2v": .15, "tiv2v": .1}  # stage 3 of the paper
 
 
 def bucket(name, batch, frames, height=64, width=64, images=0, video=0):
