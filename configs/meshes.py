@@ -22,12 +22,13 @@ def _mesh(preset: str, data: int, fsdp: int, seq: int = 1) -> dict[str, Any]:
 
 
 def _remat(pictures: str, clips: str) -> dict[str, str]:
-    return {"picture": pictures, "edit": pictures, "clip": clips, "clip_edit": clips}
+    return {"picture": pictures, "edit": pictures, "edit_two": pictures, "clip": clips, "clip_edit": clips, "video_edit": clips}
 
 
 # fsdp is 8 everywhere: shards of the width of 3,072 stay multiples of 128. Between slices lies "data", and nothing is stored over it. Where a
 # chip has little memory, 8 of them share a sample.
-_WHOLE, _SHARED = {"picture": 1, "clip": 1, "edit": 1, "clip_edit": 1}, {"picture": 8, "clip": 1, "edit": 4, "clip_edit": 1}
+_CLIPS = {"clip": 1, "clip_edit": 1, "video_edit": 1}
+_WHOLE, _SHARED = {"picture": 1, "edit": 1, "edit_two": 1, **_CLIPS}, {"picture": 8, "edit": 4, "edit_two": 4, **_CLIPS}
 PLACEMENTS = {
     "v5e:16x16": Placement(_mesh("fsdp_seq", 4, 8, 8), _SHARED, _remat(pictures="save_branches", clips="save_branches")),
     "v5p:4x4x4": Placement(_mesh("fsdp_all", 8, 8), _WHOLE, _remat(pictures="save_products", clips="budget:50")),

@@ -6,6 +6,9 @@
 Slices: configs/meshes.py. Prompts take 768 tokens, with 256 queries 1,024 of the VLM. Where there are references the pictures that the VLM
 sees come on top: one of 512x512 is 256 tokens (1,024 patches) of the prompt and 1,024 of the MMDiT's sequence, one of 1136x1136 is 1,296
 (5,184) and 5,041; so "clip_edit", with four of the first, has a prompt of 1,280 tokens, 176 of them left for words, and "edit" has 1,536.
+A reference clip is as long as its target, and 1,560 tokens (6,240 patches) of the prompt: the target of "video_edit" has 49 frames, 2 seconds,
+so that a row is about as long as one of "clip_edit"; that of "edit_two", which has a reference and a base image of 768x768, is as long as
+one of "edit".
 """
 from configs import common, models
 from configs.data import bucket
@@ -19,12 +22,14 @@ SHAPES = {
     "picture": {**_PICTURE, "prompt_tokens": 768},
     "clip": {**_CLIP, "prompt_tokens": 768},
     "edit": {**_PICTURE, "prompt_tokens": 1536, "patches": 5184, "images": 1},
+    "edit_two": {**_PICTURE, "prompt_tokens": 1408, "patches": 4608, "images": 2, "reference": (768, 768)},
     "clip_edit": {**_CLIP, "prompt_tokens": 1280, "patches": 4096, "images": 4, "reference": (512, 512)},
+    "video_edit": {**_CLIP, "frames": 49, "prompt_tokens": 2176, "patches": 7264, "images": 1, "video_frames": 49, "reference": (512, 512)},
 }
 
 
 def buckets(rows: dict[str, int]) -> dict:
-    """The shapes with their rows; references are as large as the target unless `reference` gives their height and width."""
+    """The shapes with their rows; reference images are as large as the target unless `reference` gives their height and width."""
     made = {}
     for name, shape in SHAPES.items():
         reference = shape.get("reference")
@@ -45,7 +50,7 @@ def get_config(topology: str = "v5p:4x4x4"):
         mesh=place.mesh,
         data={"source": "media", "workers": 8},
         buckets=buckets({name: rows * place.data_shards for name, rows in place.rows.items()}),
-        stages=common.curriculum((15000, 5000, 15000), (1e-4, 2e-5, 2e-5), ("picture", "clip"), ("picture", "edit", "clip_edit"),
-                                 remat=place.remat),
+        stages=common.curriculum((15000, 5000, 15000), (1e-4, 2e-5, 2e-5), ("picture", "clip"),
+                                 ("picture", "edit", "edit_two", "clip_edit", "video_edit"), remat=place.remat),
         log={"every": 10, "checkpoint_every": 500, "preview_every": 1000, "preview_sampling_steps": 50, "preview_guidance": 5.0},
     )

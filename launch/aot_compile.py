@@ -147,6 +147,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vae_tiling", choices=TILINGS, default="frames", help="of --sampling, as launch.sample has it")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a program does not fit")
     flags, values = parse(parser, argv, "topology")
+    if flags.json:
+        cli.make_output(flags.json.parent)
     jax.config.update("jax_platforms", "cpu")  # nothing runs here: a TPU that is there may be in use
     config = run_config(values)
     mesh = make_mesh(config.mesh.sizes, topology_devices(flags.topology))

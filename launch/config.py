@@ -63,7 +63,7 @@ def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
             node = node[name]
     try:
         value = text if isinstance(node[last], str) else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval raises
         raise UserError(f"config key {key!r} takes {type(node[last]).__name__}, not {text!r}") from None
     if isinstance(node[last], float) and isinstance(value, int):
         value = float(value)

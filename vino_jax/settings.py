@@ -104,6 +104,9 @@ class VinoConfig:
     boundary_tokens: bool = True  # False, for experiments: those around references are padding
 
     def __post_init__(self):
+        for name in ("queries", "connector_ratio"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.vae.latent_channels != self.mmdit.in_channels:
             raise UserError(f"the VAE gives {self.vae.latent_channels} latent channels, the MMDiT takes {self.mmdit.in_channels}")
         if self.vlm.vision.out_width != self.vlm.text.width:
@@ -115,7 +118,7 @@ class VinoConfig:
 @dataclass(frozen=True)
 class SamplingConfig:
     """What sampling uses where nothing else is said: the "sampling" table of a config and of a model checkpoint (small models give small
-    pictures). The values here are the published model's (SPEC 7).
+    pictures). The values here are the published model's.
 
     None: 640x640 for pictures, 480x848 for clips; text guidance and shift 5 and 5.0 for pictures, 7 and 7.0 for clips.
     Sizes are checked by `check_sampled` of batch.py.

@@ -4,11 +4,13 @@ import math
 
 import pytest
 
-from configs.data import IMAGE_TOKENS, TEMPLATE_TOKENS
+from configs.data import GROUP_TOKENS, IMAGE_TOKENS, TEMPLATE_TOKENS
 from configs.meshes import PLACEMENTS
+from data_pipelines.buckets import serves
 from data_pipelines.pixels import PixelLimits
 from launch.config import load_config, parse
 from vino_jax.errors import UserError
+from vino_jax.settings import VinoConfig
 from vino_jax.train.config import run_config
 
 
@@ -16,10 +18,14 @@ def load(**overrides):
     return run_config(load_config("configs/shapes.py", {k.replace("__", "."): v for k, v in overrides.items()}))
 
 
-@pytest.mark.parametrize("path", ["configs/shapes.py", "configs/shapes_base.py", *(f"configs/vino_13b.py:{name}" for name in PLACEMENTS)])
+@pytest.mark.parametrize("path", ["configs/shapes.py", "configs/shapes_base.py", "configs/media.py",
+                                  *(f"configs/vino_13b.py:{name}" for name in PLACEMENTS)])
 def test_the_config_files_are_whole(path):
     config = run_config(load_config(path, {}))
     assert config.stages and all(stage.buckets for stage in config.stages.values())
+    for stage in config.stages.values():
+        for task in (task for task, share in stage.tasks.items() if share):
+            assert any(serves(config.buckets[name], task) for name in stage.buckets), (stage.name, task)
 
 
 def test_overrides_reach_their_key():
@@ -30,12 +36,32 @@ def test_overrides_reach_their_key():
 @pytest.mark.parametrize("key,value,message", [
     ("stages.stage1.step", "7", "unknown config key 'stages.stage1.step', did you mean 'steps'"),
     ("sead", "7", "unknown config key 'sead', did you mean 'seed'"),
+    ("seed", "{[]: 1}", "config key 'seed' takes int, not '{"),
     ("seed", "many", "config key 'seed' takes int, not 'many'"),
     ("seed.x", "1", "unknown config key 'seed.x'"),
 ])
 def test_wrong_overrides_are_told(key, value, message):
     with pytest.raises(UserError, match=message):
         load_config("configs/shapes.py", {key: value})
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("seed", -1, "'seed' is -1; it must be at least 0"), ("seed", 10**20, "'seed' is 1.*; it must be below 4294967296"),
+    ("data.workers", -1, "'data.workers' is -1"), ("data.shift_image", 0.0, "'data.shift_image' is 0.0"),
+    ("data.shift_video", math.nan, "'data.shift_video' is nan"), ("log.checkpoint_every", -1, "'log.checkpoint_every' is -1"),
+    ("log.keep", 0, "'log.keep' is 0; it must be at least 1"), ("log.profile_port", -5, "'log.profile_port' is -5")])
+def test_numbers_that_no_run_can_have_are_told(key, value, words):
+    values = load_config("configs/shapes.py", {})
+    *tables, name = key.split(".")
+    (values[tables[0]] if tables else values)[name] = value
+    with pytest.raises(UserError, match=f"config key {words}"):
+        run_config(values)
+
+
+@pytest.mark.parametrize("name", ["queries", "connector_ratio"])
+def test_a_model_without_queries_or_connector_is_told(name):
+    with pytest.raises(UserError, match=f"{name} is 0; it must be at least 1"):
+        VinoConfig(**{name: 0})
 
 
 def test_unknown_keys_of_a_config_file_are_told_with_the_nearest_name(tmp_path):
@@ -73,6 +99,7 @@ def test_a_config_s_argument():
 def test_the_13_b_buckets_hold_the_pictures_that_the_vlm_sees():
     limits = PixelLimits()
     for bucket in run_config(load_config("configs/vino_13b.py", {})).buckets.values():
-        patches = bucket.images * math.prod(limits.image_grid(bucket.image_height, bucket.image_width)) if bucket.images else 0
-        assert patches == bucket.patches
-        assert bucket.prompt_tokens - patches // 4 - TEMPLATE_TOKENS - IMAGE_TOKENS * bucket.images > 170
+        grids = [limits.image_grid(bucket.image_height, bucket.image_width) for _ in range(bucket.images)]
+        clip = limits.video_grid(bucket.video_height, bucket.video_width) if bucket.video_frames else (0, 0, 0)
+        assert sum(map(math.prod, [*grids, clip])) == bucket.patches
+        assert bucket.prompt_tokens - bucket.patches // 4 - TEMPLATE_TOKENS - IMAGE_TOKENS * bucket.images - GROUP_TOKENS * clip[0] > 170

@@ -1,4 +1,5 @@
 """A training run's config: the frozen dataclass that a config file of configs/ must fill."""
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,14 @@ from vino_jax.nn.runtime import Runtime
 from vino_jax.settings import SamplingConfig, build, nearest
 from vino_jax.train.optim import OPTIMIZERS
 from vino_jax.train.stage import StageConfig
+
+# What numbers of a config may be at least; stages and buckets check their own.
+_LEAST = {
+    "seed": 0, "data.threads": 1, "data.workers": 0, "data.prefetch": 0, "data.shift_image": 1e-3, "data.shift_video": 1e-3, "log.every": 0,
+    "log.checkpoint_every": 0, "log.keep": 1, "log.preview_every": 0, "log.preview_count": 1, "log.preview_sampling_steps": 1,
+    "log.evaluate_every": 0, "log.evaluate_rows": 1, "log.hang_minutes": 0, "log.profile_port": 0,
+}
+_SEEDS = 2**32  # seeds are below this
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,11 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
             raise UserError(f"config key {table!r} is missing")
         values[table] = {name: _named(entry, table, name) for name, entry in sorted(values[table].items())}
     config = build(RunConfig, values)
+    for key, least in _LEAST.items():
+        if not (value := operator.attrgetter(key)(config)) >= least:
+            raise UserError(f"config key {key!r} is {value}; it must be at least {least}")
+    if config.seed >= _SEEDS:
+        raise UserError(f"config key 'seed' is {config.seed}; it must be below {_SEEDS}")
     for stage in config.stages.values():
         if stage.optimizer not in OPTIMIZERS:
             raise UserError(f"stage {stage.name!r} has the unknown optimizer {stage.optimizer!r}{nearest(stage.optimizer, OPTIMIZERS)}")
