@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, help="of denoising (default: the config's sampling.steps)")
     p.add_argument("--guidance", type=float, help="by the text (default: the config's sampling.guidance_*)")
     p.add_argument("--seed", type=int, default=0, help="of samples and noise (default 0)")
-    p.add_argument("--mesh", help="sizes of its axes, as data=2,seq=4 (default: the config's; on a CPU one device)")
+    p.add_argument("--mesh", help="sizes of its axes, as data=2,seq=4 (default: the config's; in one process on a CPU one device)")
     p.add_argument("--batch", type=int, default=20, help="samples in one pass (default 20)")
     p.add_argument("--show", type=int, default=4, help="first and worst samples of each task whose references and ideal are kept (default 4)")
     return p
@@ -123,33 +123,36 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint to measure: `weights` of the run at `directory`, or, where that is "", the model checkpoint there."""
+    """A checkpoint to measure: `weights` of the run at `directory` as it stands after `done` (steps by stage), or, where that is "", the
+    model checkpoint there."""
 
     directory: Path
     weights: str = ""
+    done: dict[str, int] | None = None
 
     def check(self, model: Mapping[str, Any]) -> None:
         """Raises UserError where there is no such checkpoint, or the config's `model` table contradicts it."""
-        if not self.weights:
-            resolve_model(self.directory, model)
-        elif is_run(self.directory):
-            run_weights(self.directory, average=False)
+        if self.weights:
+            run_weights(self.directory, average=False, done=self.done)
         else:
-            raise UserError(f"{self.directory} is no training run, of which @{self.weights} could be read")
+            resolve_model(self.directory, model)
 
     def identity(self) -> dict[str, Any]:
         """What scores of it belong to."""
         if self.weights:
-            config = read_json(self.directory / "config.json")
-            return {"checkpoint": f"{self.directory}@{self.weights}", "written": steps_done(self.directory, config["stages"])}
+            return {"checkpoint": f"{self.directory}@{self.weights}", "written": self.done}
         return {"checkpoint": str(self.directory), "written": (self.directory / "model.json").stat().st_mtime_ns}
 
 
 def named_candidate(text: str) -> Candidate:
-    """Raises UserError for an address that is no path."""
+    """Of a run that goes on it is its newest checkpoint now. Raises UserError for an address that is no path, and for weights of no run."""
     path, at, weights = text.rpartition("@")
     if at and weights in WEIGHTS:
-        return Candidate(cli.local_path(path), weights)
+        directory = cli.local_path(path)
+        if not is_run(directory):
+            raise UserError(f"{directory} is no training run, of which @{weights} could be read")
+        stages = read_json(directory / "config.json")["stages"]
+        return Candidate(directory, weights, processes.of_first(lambda: steps_done(directory, stages)))
     return Candidate(model_directory(cli.local_path(text)))
 
 
@@ -180,16 +183,21 @@ def check_flags(flags: argparse.Namespace, sampling: SamplingConfig, config: Run
 
 
 def settings(flags: argparse.Namespace, config: RunConfig, sampling: SamplingConfig) -> dict[str, Any]:
-    """What scores depend on beside checkpoint and task; scores of other settings are not mixed."""
+    """What scores depend on beside checkpoint and task; scores of other settings are not mixed. What the held-out files hold is not looked
+    at."""
     given = {name: getattr(flags, name) for name in ("loss_rows", "prompts", "edits", "clips", "guidance", "seed")}
-    return {**given, "steps": flags.steps or sampling.steps, "sampling": dataclasses.asdict(sampling), "fresh_parts_seed": config.seed,
-            "held_out": config.data.held_out}
+    data = {name: getattr(config.data, name) for name in ("source", "held_out", "root", "clips", "processor", "shift_image", "shift_video")}
+    tables = {"data": data, "buckets": {name: dataclasses.asdict(bucket) for name, bucket in config.buckets.items()}, "model": config.model,
+              "runtime": {"dtype": config.runtime.dtype}}
+    of_config = {f"config.{path.replace('/', '.')}": value for path, value in by_path(json.loads(json.dumps(tables))).items()}
+    return {**given, "steps": flags.steps or sampling.steps, "sampling": dataclasses.asdict(sampling), "fresh_parts_seed": config.seed, **of_config}
 
 
 def evaluation_mesh(given: str | None, config: RunConfig) -> Mesh:
     if given:
         return make_mesh(parse_mesh(given))
-    return make_mesh({}, jax.devices()[:1]) if jax.default_backend() == "cpu" else make_mesh(config.mesh.sizes)
+    alone_on_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
+    return make_mesh({}, jax.devices()[:1]) if alone_on_cpu else make_mesh(config.mesh.sizes)
 
 
 @dataclass(eq=False)
@@ -214,7 +222,8 @@ class Models:
     def load(self, candidate: Candidate) -> tuple[Model, dict[str, Any]]:
         """The model with the candidate's weights, and what the report says of them."""
         config, directory, mesh, rules = self._config, candidate.directory, self._mesh, self._rules
-        weights = run_weights(directory, average=candidate.weights == "average") if candidate.weights else checkpoint.weights(directory)
+        weights = (run_weights(directory, average=candidate.weights == "average", done=candidate.done) if candidate.weights
+                   else checkpoint.weights(directory))
         architecture = weights.info.config if candidate.weights else resolve_model(directory, config.model)
         processor = Path(config.data.processor) if config.data.processor else weights.processor
         if (architecture, processor) not in self._programs:
@@ -259,9 +268,9 @@ class Scores:
         self._data: dict[str, Any] = {"settings": settings, "checkpoints": {}}
         kept = processes.of_first(lambda: read_json(self._path) if self._path.exists() else None)
         if kept:
-            for name, value in settings.items():
-                if kept["settings"].get(name) != value:
-                    before = kept["settings"].get(name)
+            for name in settings | kept["settings"]:
+                before, value = kept["settings"].get(name), settings.get(name)
+                if before != value:
                     raise UserError(f"{self._path} was made with {name} = {before}, not {value}; choose another --output")
             self._data = kept
 

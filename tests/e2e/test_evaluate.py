@@ -81,6 +81,8 @@ def test_scores_samples_and_what_is_kept(folder, tmp_path, capsys):
     assert base["loss"]["loss"] != trained["loss"]["loss"]
     with pytest.raises(UserError, match="seed = 0, not 1"):
         run(folder, tmp_path / "a", "--tasks", "t2i", "--seed", 1)
+    with pytest.raises(UserError, match="config.data.shift_image = 2.0, not 3.0"):
+        run(folder, tmp_path / "a", "--tasks", "t2i", "--config.data.shift_image=3.0")
 
     anew = run(folder, tmp_path / "b", "--tasks", "t2i", "--batch", 3)  # the seed decides, the batch does not
     assert anew == alone  # the whole of it: losses, scores, and no times

@@ -1,4 +1,5 @@
 """launch.train in a finished workdir: more steps give a new model, another config none; what no stage trains stays as it was."""
+import dataclasses
 import gc
 import json
 from types import SimpleNamespace
@@ -178,5 +179,12 @@ def test_a_run_is_evaluated_as_its_model_is(finished, initial, processor):
     for name, stored in read_leaves(workdir / "checkpoints" / "stage2", 3, list(names)):
         np.testing.assert_array_equal(stored, trained[names[name]], err_msg=name)
     assert any((weights["average"][path] != array).any() for path, array in trained.items())
+    # what is measured is what the candidate says, though the run has gone on since
+    folder, candidate = workdir / "checkpoints" / "stage2", evaluate.named_candidate(f"{workdir}@raw")
+    before, newest = complete_steps(folder)
+    assert candidate.identity()["written"]["stage2"] == newest == 3
+    earlier = dataclasses.replace(candidate, done={**candidate.done, "stage2": before})
+    (_, stored), = read_leaves(folder, before, ["trainable.mmdit.out.kernel"])
+    np.testing.assert_array_equal(models.load(earlier)[0].sampler.params["mmdit"]["out"]["kernel"], stored)
     with pytest.raises(UserError, match="is no training run, of which @raw could be read"):
-        evaluate.named_candidate(f"{initial}@raw").check({})
+        evaluate.named_candidate(f"{initial}@raw")

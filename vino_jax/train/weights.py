@@ -1,5 +1,5 @@
 """The weights of a training run, finished or not, as an export reads them: a leaf at a time, without the run's mesh."""
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -21,10 +21,10 @@ from vino_jax.train.workdir import checkpoints_folder, initial_folder, steps_don
 class _Run:
     """A run and the newest checkpoint of the last stage that has begun."""
 
-    def __init__(self, workdir: Path, *, average: bool):
-        """average: see `run_weights`. Raises UserError where the directory holds no run, or no checkpoint yet."""
+    def __init__(self, workdir: Path, *, average: bool, done: Mapping[str, int] | None = None):
+        """average, done: see `run_weights`. Raises UserError where the directory holds no run, or no checkpoint yet."""
         self.config = run_config(read_json(workdir / "config.json"))
-        self.done = steps_done(workdir, self.config.stages)
+        self.done = steps_done(workdir, self.config.stages) if done is None else dict(done)
         begun = [stage for stage in self.config.stages.values() if self.done[stage.name]]
         if not begun:
             raise UserError(f"{workdir} has no complete checkpoint yet; wait for the first, or export what it starts from")
@@ -57,13 +57,14 @@ def run_adapters(workdir: Path, *, average: bool) -> dict[str, LowRank]:
     return found
 
 
-def run_weights(workdir: Path, *, average: bool) -> Weights:
+def run_weights(workdir: Path, *, average: bool, done: Mapping[str, int] | None = None) -> Weights:
     """What `workdir`/model would hold if the run ended at its newest checkpoint: what its stages have trained, of the last one that has
     begun the average where it keeps one (`average`), else the raw parameters; for the rest what the run started from.
 
-    Raises UserError where the directory holds no run, or no checkpoint yet.
+    done: steps by stage of checkpoints that were the newest before, for a run that goes on. Raises UserError where the directory holds no
+    run, or no checkpoint yet, and, when they are read, where weights are gone or damaged.
     """
-    run = _Run(workdir, average=average)
+    run = _Run(workdir, average=average, done=done)
     vino, initial, start = Vino(run.vino.config, run.config.runtime), run.initial, model_checkpoint.read_info(run.initial)
     low_rank = run.adapters()
     adapted = {path.split("/")[0] for path in run.vino.adapters}
