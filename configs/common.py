@@ -1,4 +1,4 @@
-"""What every training config shares: the three stages of SPEC 10 and the table of keys."""
+"""What every training config shares: the paper's three stages and the table of keys."""
 import ml_collections
 
 # Which parameters train: ordered (regex, rate), 0 freezes; the first that matches a path decides.

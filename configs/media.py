@@ -2,8 +2,9 @@
 
     python -m launch.train --config configs/media.py --workdir DIR --config.data.manifest=FILE --config.data.root=DIR
 
-For the published weights set config.init.checkpoint to an imported checkpoint, empty the parts, and raise side, frames, budget and steps;
-`limits` are then the published ones. What fits no bucket is listed before the first step.
+For the published weights set config.init.checkpoint to an imported checkpoint, empty the parts, take the model, dtype, shifts and sampling
+sizes of configs/vino_13b.py, and raise side, frames, budget and steps; `limits` are then the published ones. What fits no bucket is listed
+before the first step.
 """
 from configs import common, shapes
 from configs.data import families

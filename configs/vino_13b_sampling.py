@@ -2,7 +2,7 @@
 
     python -m launch.aot_compile --sampling --config configs/vino_13b_sampling.py --topology v5e:4x4 [--bucket tiv2v] [--vae_tiling full]
 
-A bucket is what one task asks for, at the published sizes (SPEC 7); the mesh is the one that launch.sample takes by itself. A picture of
+A bucket is what one task asks for, at the published sizes; the mesh is the one that launch.sample takes by itself. A picture of
 640x640 is 400 tokens of the VLM's prompt (1,600 patches), a clip of 480x848 four times 390 (6,240).
 """
 from configs import common, models

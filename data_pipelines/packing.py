@@ -1,7 +1,7 @@
 """From a prompt and its references to the rows of a Batch: padding, reference tokens, the time line, and the guidance branches.
 
 The visual sequence is, for each reference (images, then the video), [START, its latent tokens, END], and then the target: one
-time line, on which a boundary token takes one step and a block of latent frames one step each (SPEC 5).
+time line, on which a boundary token takes one step and a block of latent frames one step each, as in the reference.
 """
 import math
 from collections.abc import Sequence
@@ -271,7 +271,7 @@ def check_options(options: SamplingOptions) -> None:
 
 
 def output_size(task: str, images: Sequence[np.ndarray], video: np.ndarray | None, options: SamplingOptions) -> tuple[int, int, int]:
-    """Frames, height, width of what `task` generates (SPEC 7), its references being letterboxed already."""
+    """Frames, height, width of what `task` generates, as in the reference, its references being letterboxed already."""
     if task in VIDEO_SIZED:
         return video.shape[:3]
     frames = 1 if task.endswith("2i") or task == "ti2i_baseimg" else options.num_frames

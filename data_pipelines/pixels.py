@@ -125,7 +125,7 @@ def bounded_size(height: int, width: int, factor: int, low: int, high: int, fram
 
 @lru_cache(maxsize=4096)
 def letterbox_size(height: int, width: int, budget: int) -> tuple[int, int]:
-    """Multiples of 16 whose area is nearest to `budget` pixels, ties by the nearest aspect ratio (SPEC 3)."""
+    """Multiples of 16 whose area is nearest to `budget` pixels, ties by the nearest aspect ratio, as in the reference."""
     if max(height, width) / min(height, width) > MAX_ASPECT:
         raise UserError(f"a picture of {width}x{height} has an aspect ratio above {MAX_ASPECT:.0f}: crop it")
     unit, ratio, best = PIXELS_A_TOKEN, width / height, None

@@ -1,4 +1,4 @@
-"""Task files: what is to be generated, as the reference's JSON lists it (SPEC 8)."""
+"""Task files: what is to be generated, as the reference's JSON lists it."""
 import difflib
 import json
 from collections.abc import Mapping

@@ -211,7 +211,7 @@ class PackedTask:
     frames: int  # 1 gives a picture
     height: int
     width: int
-    branches: tuple[Batch, ...]  # B = 1: positive, negative, and with image guidance the negative without images (SPEC 7), padded each
+    branches: tuple[Batch, ...]  # B = 1: positive, negative, and with image guidance the negative without images, padded each
     references: tuple[np.ndarray, ...]  # uint8 (F, H, W, 3) in pool order: images (F = 1), then the video
     shift: float
     guidance: float  # of the text

@@ -42,7 +42,7 @@ def randomised(module, dtype=torch.float32):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """The published layout (SPEC 9) at a tiny size: fp32 MMDiT and VAE, bf16 VLM in several shards, vino.ckpt with the VLM's tied head."""
+    """The published layout at a tiny size: fp32 MMDiT and VAE, bf16 VLM in several shards, vino.ckpt with the VLM's tied head."""
     from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 

@@ -1,4 +1,4 @@
-"""The algebra of guidance: fixed points, the formulas of SPEC 7 in numpy, scales by rows."""
+"""The algebra of guidance: fixed points, the reference's formulas in numpy, scales by rows."""
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -45,7 +45,7 @@ def channels_last(x_bcfhw):
 
 
 def references(config, case, arrays):
-    """Interleaved as SPEC 5 says; also the time step at which the target starts."""
+    """Interleaved as in the reference; also the time step at which the target starts."""
     embeds, values = arrays["boundary_embeds"], config.in_channels * int(np.prod(config.patch))
     tokens, markers, role, position, time = [], [], [], [], 0
     for n, (start, end) in enumerate(zip(case["pos_vs"], case["pos_ve"])):

@@ -12,7 +12,7 @@ from vino_jax.nn.module import param
 
 
 class Connector(nnx.Module):
-    """RMSNorm -> Linear(inputs, ratio * outputs) -> GELU(tanh) -> Linear(ratio * outputs, outputs) (SPEC 1)."""
+    """RMSNorm -> Linear(inputs, ratio * outputs) -> GELU(tanh) -> Linear(ratio * outputs, outputs)."""
 
     def __init__(self, inputs: int, outputs: int, ratio: int, *, rngs: nnx.Rngs):
         self.norm = RMSNorm(inputs, eps=1e-6, rngs=rngs)

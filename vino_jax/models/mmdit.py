@@ -1,4 +1,4 @@
-"""The MMDiT: HunyuanVideo's double- and single-stream transformer over an interleaved context (SPEC 5 and 6).
+"""The MMDiT: HunyuanVideo's double- and single-stream transformer over an interleaved context.
 
 Dims: B rows, F H W latent frames, height, width, C channels or context width, S target tokens, R reference tokens, V = S + R visual
 tokens, L context tokens, D width, N heads, H head width (of q, k, v and the RoPE tables), P values a token.

@@ -1,5 +1,5 @@
-"""Qwen3-VL as VINO's frozen reader: a prompt with pictures in, hidden states at its tokens and at learnable queries out (SPEC 4); and as a
-writer, which goes on from a prompt with pictures (SPEC 2, caption rewriting).
+"""Qwen3-VL as VINO's frozen reader: a prompt with pictures in, hidden states at its tokens and at learnable queries out; and as a
+writer, which goes on from a prompt with pictures (caption rewriting).
 
 Queries stand behind the prompt under a causal mask, so the prompt's keys and values do not depend on them: the prompt runs once
 without gradient, and only the query positions run backward. New tokens see the prompt by the same keys and values.

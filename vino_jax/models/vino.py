@@ -103,7 +103,7 @@ class Vino:
         return mean * self.config.vae.scaling_factor
 
     def decode(self, params: Params, latents_BFHWC: jax.Array) -> jax.Array:
-        """Scaled latents -> uint8 pixels (B, F, H, W, 3): clip(127.5 x + 127.5), truncated (SPEC 7)."""
+        """Scaled latents -> uint8 pixels (B, F, H, W, 3): clip(127.5 x + 127.5), truncated, as in the reference."""
         x = (latents_BFHWC / self.config.vae.scaling_factor).astype(self.runtime.compute_dtype)
         pixels = decode_tiled(self.parts["vae"](params["vae"]), x, self._tiling).astype(jnp.float32)
         return jnp.clip(pixels * 127.5 + 127.5, 0.0, 255.0).astype(jnp.uint8)

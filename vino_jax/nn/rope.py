@@ -12,7 +12,7 @@ from vino_jax.sharding.constrain import active_platform
 def rope_tables(position_BLA: jax.Array, axes: tuple[int, ...], theta: float) -> tuple[jax.Array, jax.Array]:
     """cos and sin (B, L, H) float32 of integer positions (B, L, A); axis a fills axes[a] dims of the head, H = sum(axes).
 
-    Frequencies theta^(-2i/axes[a]), each twice in a row (SPEC 5; diffusers' get_1d_rotary_pos_embed with use_real).
+    Frequencies theta^(-2i/axes[a]), each twice in a row (diffusers' get_1d_rotary_pos_embed with use_real).
     """
     angles = []
     for a, dims in enumerate(axes):

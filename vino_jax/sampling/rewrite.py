@@ -1,4 +1,4 @@
-"""Caption rewriting: the VLM reads an instruction with its references and writes the caption that is generated then (SPEC 2).
+"""Caption rewriting: the VLM reads an instruction with its references and writes the caption that is generated then.
 
 Dims: B prompts in one pass, T new tokens, V vocabulary.
 """

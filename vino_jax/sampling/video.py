@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from vino_jax.errors import UserError
 
-FPS = 24  # SPEC 7
+FPS = 24  # of the published model
 UNFINISHED = re.compile(r"\.\d+\.(.+)")  # what a kill leaves of `whole_file`; group 1: the name that it would have had
 _CRF = "12"
 

@@ -18,7 +18,7 @@ from vino_jax.sharding.constrain import mesh_axes, weight_spec
 SMALL = 1 << 18  # values: below it a leaf may stay whole
 # Not held to the tile: frozen weights, which have no gradients; XLA gathers them as they are. queries and connectors have little of them.
 UNALIGNED = ("vlm_width", "vlm_mlp", "vocab", "conv_out")
-TPU_TILE = 128  # a sharded weight dim off this multiple makes XLA all-reduce zero-padded full weights (FIELD: tile alignment)
+TPU_TILE = 128  # a sharded weight dim off this multiple makes XLA all-reduce zero-padded full weights (libtpu 0.0.42)
 
 
 def _spec(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh, rules: dict, tpu: bool) -> PartitionSpec:

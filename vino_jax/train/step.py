@@ -1,4 +1,4 @@
-"""One training step: flow matching on the target's tokens (SPEC 10).
+"""One training step: flow matching on the target's tokens.
 
 Dims: B rows, F H W C latents of the target.
 """
