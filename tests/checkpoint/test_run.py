@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vino_jax.checkpoint import storage
 from vino_jax.checkpoint.run import RunCheckpoints, complete_steps, read_leaves
 from vino_jax.errors import UserError
 
@@ -139,7 +140,7 @@ def test_a_damaged_step_is_told(tmp_path, damage):
         largest = max((file for file in (tmp_path / "c/2").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
         largest.write_bytes(largest.read_bytes()[:100]) if damage == "cut off" else largest.unlink()
         abstract = on_mesh(state, mesh(2, 2))
-        with pytest.raises(UserError, match="step 2 of .*/c is damaged or incomplete; remove its folder to go on from the step before"):
+        with pytest.raises(UserError, match="step 2 of .*/c is damaged or incomplete; put it back, or, .*remove its folder"):
             checkpoints.restore(2, abstract)
         assert_same_bits(checkpoints.restore(1, abstract)[0], state)
     with pytest.raises(UserError, match="/c/2 is damaged or incomplete; a run removes its older steps"):
@@ -160,6 +161,29 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch, method):
         checkpoints.wait()
         checkpoints.close()
     checkpoints.close()
+
+
+@pytest.mark.parametrize("context", [lambda: storage.writing("it"), lambda: storage.reading("it", "copy it again")])
+@pytest.mark.parametrize("error, told", [
+    (OSError(24, "Too many open files"), "it: Too many open files"), (PermissionError(13, "Permission denied"), "it: Permission denied"),
+    (TimeoutError("after 600 s"), ""), (KeyError("a bug"), ""), (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "")])
+def test_only_what_the_disk_says_is_told(context, error, told):
+    with pytest.raises(UserError if told else type(error)) as raised, context():
+        raise error
+    assert raised.value is error if not told else str(raised.value).endswith(told) and "damaged" not in str(raised.value)
+
+
+def test_a_failed_save_does_not_hide_what_ended_the_run(tmp_path, monkeypatch):
+    def fails(*_):
+        raise KeyError("a bug")
+
+    with pytest.raises(UserError, match="cannot read the image") as raised, RunCheckpoints(tmp_path / "c", 2) as checkpoints:
+        monkeypatch.setattr(checkpoints, "close", fails)
+        try:
+            (tmp_path / "none").read_bytes()
+        except OSError:
+            raise UserError("cannot read the image") from None
+    assert raised.value.__notes__ == ["and the last save failed: 'a bug'"]
 
 
 def test_another_setup_is_refused_by_the_first_difference(tmp_path):

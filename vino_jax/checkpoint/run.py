@@ -113,7 +113,8 @@ class RunCheckpoints:
         """
         self._check(step)
         wanted = _flat(abstract)
-        whole = functools.partial(reading, f"step {step} of {self.directory}", "remove its folder to go on from the step before")
+        whole = functools.partial(reading, f"step {step} of {self.directory}",
+                                  "put it back, or, where no later stage has begun, remove its folder to go on from the step before")
         with whole():
             stored = self._steps.checkpointables_metadata(step).metadata[_STATE]
         rest = [path for path in stored if partial and path not in wanted]
@@ -137,8 +138,13 @@ class RunCheckpoints:
     def __enter__(self) -> "RunCheckpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
+        try:
+            self.close()
+        except Exception as later:
+            if error is None:
+                raise
+            error.add_note(f"and the last save failed: {later}")  # it may be why, but it is not what ended the run
 
     def _remove_unfinished(self) -> None:
         """Steps that were cut off while they were deleted; Orbax itself removes those cut off while they were written."""

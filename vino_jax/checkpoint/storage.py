@@ -1,33 +1,41 @@
 """What a disk or a damaged file does to Orbax, told as an error of the user; any other error is left as it is."""
 import contextlib
+import sys
 from collections.abc import Iterator
 
 from orbax.checkpoint import v1 as ocp
 
 from vino_jax.errors import UserError
 
-_FULL = ("No space left on device", "Disk quota exceeded")  # how tensorstore says it
+# how tensorstore says it: data that is gone, or shorter or other than it was written; and a disk that takes no more
+_DAMAGED = ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE")
+_FULL = ("No space left on device", "Disk quota exceeded")
 
 
 @contextlib.contextmanager
 def reading(what: str, advice: str) -> Iterator[None]:
-    """Raises UserError, with the advice, where `what` is gone, cut off or cannot be read."""
+    """Raises UserError: with the advice where `what` is gone or cut off; with the system's reason where it cannot be read now."""
+    before = sys.exc_info()[1]
     try:
         yield
     except Exception as error:  # Orbax raises bare Exceptions for data that is cut off, and others around them
-        if any(isinstance(one, (OSError, ocp.errors.InvalidLayoutError)) or "tensorstore" in str(one).lower() for one in _causes(error)):
-            raise UserError(f"{what} is damaged or incomplete; {advice}") from error
+        for one in _causes(error, before):
+            if isinstance(one, (FileNotFoundError, ocp.errors.InvalidLayoutError)) or any(code in str(one) for code in _DAMAGED):
+                raise UserError(f"{what} is damaged or incomplete; {advice}") from error
+            if _of_system(one):
+                raise UserError(f"cannot read {what}: {one.strerror or one}") from error
         raise
 
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
     """Raises UserError where the disk does not take what is written."""
+    before = sys.exc_info()[1]
     try:
         yield
     except Exception as error:
-        for one in _causes(error):
-            if isinstance(one, OSError):
+        for one in _causes(error, before):
+            if _of_system(one):
                 raise UserError(f"cannot write {what}: {one.strerror or one}") from error
             for text in _FULL:
                 if text in str(one):
@@ -35,8 +43,13 @@ def writing(what: str) -> Iterator[None]:
         raise
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it came of."""
-    while error is not None:
+def _of_system(error: BaseException) -> bool:
+    """Whether the system refused something; a TimeoutError is Orbax's own."""
+    return isinstance(error, OSError) and not isinstance(error, TimeoutError)
+
+
+def _causes(error: BaseException | None, before: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came of, up to one that was under way `before`."""
+    while error is not None and error is not before:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
