@@ -167,11 +167,11 @@ def read_window(window: Window, bucket: BucketSpec, clips: Clips) -> Sample:
     else:
         target = cover(read_image(item.target), bucket.height, bucket.width)[None]
 
-    facts, slot = facts_of(item.target, NEEDS[item.task].clip), (bucket.image_height, bucket.image_width)
+    slot = (bucket.image_height, bucket.image_width)
     alike = bool(bucket.images) and _same_aspect(slot, (bucket.height, bucket.width))
 
     def reference(media):
-        image = read_image(media)
+        image, facts = read_image(media), facts_of(item.target, NEEDS[item.task].clip)
         return (cover if alike and _same_aspect(image.shape, (facts.height, facts.width)) else letterbox)(image, *slot)
 
     images = tuple(reference(media) for media in item.images)

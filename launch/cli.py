@@ -100,8 +100,10 @@ def join_processes(environment: Mapping[str, str] = os.environ) -> None:
     giving_up = threading.Timer(JOIN_SECONDS, _leave_alone)
     giving_up.daemon = True
     giving_up.start()
-    jax.distributed.initialize(**where, initialization_timeout=JOIN_SECONDS + LEAVE_SECONDS, shutdown_timeout_seconds=LEAVE_SECONDS)
-    giving_up.cancel()
+    try:
+        jax.distributed.initialize(**where, initialization_timeout=JOIN_SECONDS + LEAVE_SECONDS, shutdown_timeout_seconds=LEAVE_SECONDS)
+    finally:
+        giving_up.cancel()
 
 
 def _leave_alone() -> None:

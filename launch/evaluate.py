@@ -188,7 +188,7 @@ def settings(flags: argparse.Namespace, config: RunConfig, sampling: SamplingCon
     given = {name: getattr(flags, name) for name in ("loss_rows", "prompts", "edits", "clips", "guidance", "seed")}
     data = {name: getattr(config.data, name) for name in ("source", "held_out", "root", "clips", "processor", "shift_image", "shift_video")}
     tables = {"data": data, "buckets": {name: dataclasses.asdict(bucket) for name, bucket in config.buckets.items()}, "model": config.model,
-              "runtime": {"dtype": config.runtime.dtype}}
+              "runtime": {name: getattr(config.runtime, name) for name in ("dtype", "quantize")}}
     of_config = {f"config.{path.replace('/', '.')}": value for path, value in by_path(json.loads(json.dumps(tables))).items()}
     return {**given, "steps": flags.steps or sampling.steps, "sampling": dataclasses.asdict(sampling), "fresh_parts_seed": config.seed, **of_config}
 

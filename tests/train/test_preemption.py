@@ -1,5 +1,6 @@
 """One stop for all processes: by a store of keys in this process, with threads in the place of processes."""
 import random
+import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -78,3 +79,18 @@ def test_all_stop_after_one_step_or_none(at, monkeypatch):
         assert late == [at is not None and stopped[0] is None] * COUNT  # asked too late for a step: all are told at the stage's end
         assert stopped[0] is None if at is None else stopped[0] is None or stopped[0] >= at
         assert stopped[0] is not None or at not in (1, 5)
+
+
+@pytest.mark.parametrize("kind", [None, ValueError])
+def test_asked_while_the_others_answer(kind, monkeypatch):
+    """Too late to tell them: as if it came afterwards. Where the stage has failed, its error is what ends the process."""
+    raised, store = [], Store()
+    monkeypatch.setattr(preemption, "processes", SimpleNamespace(store=lambda: store, WAIT_MS=20_000))
+    monkeypatch.setattr(preemption, "jax", SimpleNamespace(process_index=lambda: 0, process_count=lambda: 2, errors=jax.errors))
+    monkeypatch.setattr(preemption.signal, "raise_signal", raised.append)
+    stop = preemption.Stop("stage").__enter__()
+    store.key_value_set("vino_jax/stop/stage/late/1", "0")
+    join = stop._thread.join
+    stop._thread.join = lambda seconds: (stop._ask(), join(seconds))
+    stop.__exit__(kind)
+    assert not stop.late and raised == ([signal.SIGTERM] if kind is None else [])

@@ -92,5 +92,5 @@ class Stop:
         else:
             self.late = told
         signal.signal(signal.SIGTERM, self._former)
-        if self._asked and not told:  # while the others answered
+        if kind is None and self._asked and not told:  # while the others answered
             signal.raise_signal(signal.SIGTERM)
