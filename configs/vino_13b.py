@@ -6,9 +6,9 @@
 Slices: configs/meshes.py. Prompts take 768 tokens, with 256 queries 1,024 of the VLM. Where there are references the pictures that the VLM
 sees come on top: one of 512x512 is 256 tokens (1,024 patches) of the prompt and 1,024 of the MMDiT's sequence, one of 1136x1136 is 1,296
 (5,184) and 5,041; so "clip_edit", with four of the first, has a prompt of 1,280 tokens, 176 of them left for words, and "edit" has 1,536.
-A reference clip is as long as its target, and 1,560 tokens (6,240 patches) of the prompt: the target of "video_edit" has 49 frames, 2 seconds,
-so that a row is about as long as one of "clip_edit"; that of "edit_two", which has a reference and a base image of 768x768, is as long as
-one of "edit".
+A reference clip is as long as its target, and 1,560 tokens (6,240 patches) of the prompt: with targets of 49 frames, 2 seconds, a row of
+"video_edit" has 15 % more tokens than one of "clip_edit". The reference and the base image of "edit_two" have 768x768, so that a row is as
+long as one of "edit".
 """
 from configs import common, models
 from configs.data import bucket

@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     values: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in experiment.arms}
     for seed in seeds:  # a seed of all arms before the next, so that a run that is cut off compares as many of each
         for name, arm in experiment.arms.items():
-            folder = flags.output / arm.training / str(seed)
+            folder = flags.output / arm.training / (f"{seed}_short" if flags.short else str(seed))
             train(arm.training, folder / "run", seed, flags.short)
             scores = evaluate(arm, experiment.tasks, folder, flags.name, name, _SHORT if flags.short else _FULL)
             values[name][seed] = {**gradients(folder / "run"), **flat(scores), **by_kind(scores)}

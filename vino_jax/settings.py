@@ -104,9 +104,9 @@ class VinoConfig:
     boundary_tokens: bool = True  # False, for experiments: those around references are padding
 
     def __post_init__(self):
-        for name in ("queries", "connector_ratio"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("queries", 0), ("connector_ratio", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.vae.latent_channels != self.mmdit.in_channels:
             raise UserError(f"the VAE gives {self.vae.latent_channels} latent channels, the MMDiT takes {self.mmdit.in_channels}")
         if self.vlm.vision.out_width != self.vlm.text.width:

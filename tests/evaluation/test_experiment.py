@@ -10,7 +10,9 @@ from launch import experiment
 from launch.config import load_config
 from vino_jax.errors import UserError
 from vino_jax.evaluation.statistics import difference, interval, roughness
+from vino_jax.settings import VinoConfig
 from vino_jax.train.config import run_config
+from vino_jax.train.initial import with_model
 
 
 def test_interval_is_students():
@@ -72,7 +74,8 @@ def test_arms_are_trainings_of_configs_that_exist(name):
     for arm in chosen.arms.values():
         config, *overrides = [flag for flag in experiment.TRAININGS[arm.training] if flag != "--config"]
         given = dict(flag.removeprefix("--config.").split("=") for flag in (*overrides, *arm.evaluation) if flag.startswith("--config."))
-        assert run_config(load_config(str(experiment.ROOT / config), given)).stages["stage3"].steps
+        loaded = run_config(load_config(str(experiment.ROOT / config), given))
+        assert loaded.stages["stage3"].steps and with_model(VinoConfig(), loaded.model).queries == loaded.model["queries"]
 
 
 def test_stage_3_alone_draws_as_many_tokens():
