@@ -177,7 +177,7 @@ def read_clip(path: str | Path, count: int, budget: int) -> np.ndarray:
         high, wide = shown_size(frame)
         scale = math.sqrt(budget / (wide * high))
         kept.append(frame_pixels(frame, max(1, round(high * scale)), max(1, round(wide * scale))))
-    return crop_to_tokens(np.stack(kept[:clip_length(count, len(kept))]))
+    return crop_to_tokens(_stacked(path, kept[:clip_length(count, len(kept))]))
 
 
 def read_sampled(path: str | Path, count: int) -> np.ndarray:
@@ -185,7 +185,14 @@ def read_sampled(path: str | Path, count: int) -> np.ndarray:
     wanted = sampled_indices(sum(1 for _ in decoded_frames(path)), count)
     needed = set(wanted.tolist())
     found = {i: frame_pixels(frame) for i, frame in enumerate(decoded_frames(path)) if i in needed}
-    return np.stack([found[i] for i in wanted.tolist()])
+    return _stacked(path, [found[i] for i in wanted.tolist()])
+
+
+def _stacked(path: str | Path, frames: Sequence[np.ndarray]) -> np.ndarray:
+    """Frames as one array. Raises UserError where they differ in size."""
+    if len({frame.shape for frame in frames}) > 1:
+        raise UserError(f"the frames of the video {path} differ in size: bring it to one size first")
+    return np.stack(frames)
 
 
 def sampled_indices(length: int, count: int) -> np.ndarray:

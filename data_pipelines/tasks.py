@@ -18,6 +18,7 @@ TAKES_IMAGES = ("i2v", "ti2v", "ti2i", "ti2i_baseimg", "tiv2v")
 KEYS = ("index", "task", "caption", "ref_image_paths", "ref_video_path", "ref_image_have_base", "seed", "negative_prompt")
 
 MAX_SEED = 2**32
+MAX_INDEX = 240  # bytes: a file's name has 255, of which its ending and that of an unfinished file take some
 
 # the reference's own negative prompts
 NEGATIVE_IMAGE = (
@@ -77,6 +78,11 @@ def parse_task(entry: Mapping, root: Path, where: str) -> Task:
     index = entry.get("index")
     if not isinstance(index, (str, int)) or isinstance(index, bool) or not str(index) or Path(str(index)).name != str(index):
         raise UserError(f"{where}: index is {index!r}; it must be a name for the output file")
+    for key in ("index", "caption", "negative_prompt"):
+        if _broken(entry.get(key)):
+            raise UserError(f"{where}: {key} holds half a character, a surrogate of UTF-16 that stands alone")
+    if len(str(index).encode()) > MAX_INDEX:
+        raise UserError(f"{where}: index {str(index)[:20]!r}... has more than {MAX_INDEX} bytes; it is a name for the output file")
     where = f"{where} (index {index})"
     for key in entry:
         close = difflib.get_close_matches(key, KEYS, 1, 0.8)
@@ -101,6 +107,22 @@ def parse_task(entry: Mapping, root: Path, where: str) -> Task:
     return Task(str(index), name, caption, images, video, base and bool(images), seed, negative, entry)
 
 
+def _broken(text: object) -> bool:
+    """Whether it is a text that no file could hold."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long for a path, or no text for one
+        return False
+
+
 def _references(entry: Mapping, name: str, root: Path, where: str) -> tuple[tuple[Path, ...], Path | None]:
     listed, clip = entry.get("ref_image_paths") or [], entry.get("ref_video_path") or None
     if not isinstance(listed, list) or not all(isinstance(p, str) for p in listed):
@@ -112,6 +134,6 @@ def _references(entry: Mapping, name: str, root: Path, where: str) -> tuple[tupl
         if takes != given:
             raise UserError(f"{where}: task {name} {'needs' if takes else 'takes no'} {what}")
     for path in [*listed, *([clip] if clip else [])]:
-        if not (root / path).is_file():
-            raise UserError(f"{where}: no file {root / path} (paths start at --root)")
+        if not _is_file(root / path):
+            raise UserError(f"{where}: no file {str(root / path)[:200]} (paths start at --root)")
     return tuple(root / p for p in listed), root / clip if clip else None

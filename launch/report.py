@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = read_runs(flags.run)
     if flags.output.suffix != ".html":
         raise UserError(f"--output {flags.output} must end with .html")
+    cli.make_output(flags.output.parent)
     path = write_report(flags.output, title=flags.title, lead=f"Checkpoints on samples that training never draws, from {flags.evaluation}.",
                         facts={"date": date.today().isoformat()}, runs=runs, evaluation=flags.evaluation)
     print(f"report: {path}, {path.with_suffix('.json')}", flush=True)

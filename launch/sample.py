@@ -28,7 +28,7 @@ from vino_jax.checkpoint import model as checkpoint
 from vino_jax.errors import UserError
 from vino_jax.sampling.pipeline import BRANCHES, POSTERIORS, Progress, Result, shapes
 from vino_jax.sampling.sheet import write_sheet
-from vino_jax.sampling.video import read_metadata, write_latents, write_output
+from vino_jax.sampling.video import ENDINGS, read_metadata, write_latents, write_output
 from vino_jax.settings import SamplingConfig, build
 from vino_jax.sharding.mesh import parse_mesh
 from vino_jax.train import compile_cache
@@ -146,7 +146,7 @@ def finished(flags: argparse.Namespace, task: Task) -> Path | None:
     """The result that the output folder has already, complete; None where there is none."""
     if flags.save_latents and not (flags.output / f"{task.index}.npz").exists():
         return None
-    return next((path for path in (flags.output / f"{task.index}{ending}" for ending in (".png", ".mp4")) if path.exists()), None)
+    return next((path for path in (flags.output / f"{task.index}{ending}" for ending in ENDINGS) if path.exists()), None)
 
 
 def kept(flags: argparse.Namespace, tasks: Sequence[Task]) -> dict[str, tuple[str, list[str]]]:
@@ -157,7 +157,7 @@ def kept(flags: argparse.Namespace, tasks: Sequence[Task]) -> dict[str, tuple[st
 
 def metadata_asked(task: Task, flags: argparse.Namespace) -> dict[str, str]:
     """What is known of an output before it is made, as `metadata` writes it."""
-    return {"prompt": task.caption, "seed": str(flags.seed if task.seed is None else task.seed)}
+    return {"prompt": task.caption, "seed": str(flags.seed if task.seed is None else task.seed), "task": task.task}
 
 
 def metadata(task: PackedTask, steps: int, step_cache: int) -> dict[str, str]:
@@ -214,7 +214,11 @@ def _packed(generator: Generator, tasks: Sequence[Task], flags: argparse.Namespa
 def _write(task: PackedTask, result: Result, flags: argparse.Namespace, steps: int) -> Path:
     if flags.save_latents:
         write_latents(flags.output / f"{task.index}.npz", result.latents)
-    return write_output(flags.output, task.index, result.pixels, metadata(task, steps, flags.step_cache))
+    path = write_output(flags.output, task.index, result.pixels, metadata(task, steps, flags.step_cache))
+    for ending in ENDINGS:  # of another task that had this index
+        if ending != path.suffix:
+            path.with_suffix(ending).unlink(missing_ok=True)
+    return path
 
 
 @dataclass

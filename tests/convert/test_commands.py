@@ -251,6 +251,8 @@ BAD = {
     "unsupported": (lambda r: change_config(r / "hunyuan/transformer", "qk_norm", "layer_norm"),
                     "qk_norm is 'layer_norm', supported is 'rms_norm'"),
     "unknown field": (lambda r: change_config(r / "hunyuan/vae", "sample_size", 3), "sample_size is not supported"),
+    "a head of its own": (lambda r: change_config(r / "qwen3vl", "tie_word_embeddings", False),
+                          "tie_word_embeddings is False, supported is True"),
     "other class": (lambda r: change_config(r / "qwen3vl", "model_type", "qwen2_vl"), "model_type is 'qwen2_vl', supported is 'qwen3_vl'"),
     "parts that do not fit": (lambda r: change_config(r / "hunyuan/vae", "latent_channels", 8), "the VAE gives 8 latent channels"),
 }

@@ -172,6 +172,13 @@ def break_header(folder):
     sorted(folder.glob("*.safetensors"))[0].write_bytes(b"\xff" * 30)
 
 
+def header(**entry):
+    def change(folder):
+        text = json.dumps({"conv.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **entry}}).encode()
+        sorted(folder.glob("*.safetensors"))[0].write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    return change
+
+
 def break_shard(folder):
     sorted(folder.glob("*.safetensors"))[1].unlink()
 
@@ -196,6 +203,7 @@ def break_index(folder):
 
 BROKEN = {
     "cut off": (break_cut, "is cut off"), "no header": (break_header, "no safetensors file"),
+    "one offset": (header(data_offsets=[0]), "its header cannot be read"), "half a row": (header(shape=[1.5]), "its header cannot be read"),
     "missing shard": (break_shard, "is not there"),
     "twice": (break_twice, "where it is not"), "absent": (redirect("absent.safetensors"), "names absent.safetensors, which is not there"),
     "outside": (redirect("../model.safetensors"), "outside of its folder"), "elsewhere": (redirect("/etc/passwd"), "outside of its folder"),

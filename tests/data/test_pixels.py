@@ -109,6 +109,22 @@ def test_what_cannot_be_read_is_named(tmp_path):
         pixels.crop_to_tokens(np.zeros((1, 8, 32, 3), np.uint8))
 
 
+def test_a_clip_whose_frames_change_size_is_told(tmp_path):
+    """As joined transport streams have it."""
+    parts = []
+    for name, side in (("a.ts", 48), ("b.ts", 64)):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("libx264", rate=24)
+            stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+            for _ in range(8):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((side, side, 3), 90, np.uint8))))
+            container.mux(stream.encode())
+        parts.append((tmp_path / name).read_bytes())
+    (tmp_path / "joined.ts").write_bytes(b"".join(parts))
+    with pytest.raises(UserError, match="joined.ts differ in size: bring it to one size"):
+        pixels.read_sampled(tmp_path / "joined.ts", 8)
+
+
 def test_limits_from_a_folder(tmp_path):
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         table = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}

@@ -40,6 +40,8 @@ def test_all_kinds(write, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"task": "t2x"}, "unknown task 't2x'"), ({"caption": " "}, "no caption"), ({"caption": None}, "no caption"),
+    ({"caption": "a \ud83d"}, "caption holds half a character"), ({"negative_prompt": "\ud83d"}, "negative_prompt holds half"),
+    ({"index": "x" * 300}, "has more than 240 bytes"), ({"task": "i2v", "ref_image_paths": ["x" * 300]}, "no file .*xxx"),
     ({"index": None}, "index is None"), ({"index": "../up"}, "name for the output file"),
     ({"task": "i2v"}, "i2v needs ref_image_paths"), ({"ref_image_paths": ["a.png"]}, "t2i takes no ref_image_paths"),
     ({"task": "tv2v"}, "tv2v needs ref_video_path"), ({"task": "i2v", "ref_image_paths": ["z.png"]}, "no file .*z.png"),

@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import models
+from data_pipelines.tasks import Task
 from launch import cli, sample
 from tests.data.folders import ROOT, SMALL_VLM
 from tests.tolerances import BATCH_ROW_ABS
@@ -102,6 +104,17 @@ def test_seeds_progress_and_the_contact_sheet(workdir, tmp_path, capsys):
     assert run(*command, "--output", tmp_path / "one", "--seed", 3) == 0
     told = capsys.readouterr().out
     assert "a: kept" in told and "b: kept" in told and "b.png, made with another prompt and seed (--overwrite" in told
+
+
+def test_a_result_takes_the_place_of_one_of_another_task(tmp_path):
+    flags = SimpleNamespace(output=tmp_path, save_latents=False, step_cache=1, seed=0)
+    packed = dict(index="1.5", prompt="a red circle", seed=0, guidance=1.0, image_guidance=1.0, shift=1.0)
+    for task, frames, ending, other in (("t2i", 1, ".png", ".mp4"), ("t2v", 5, ".mp4", ".png"), ("t2i", 1, ".png", ".mp4")):
+        result = SimpleNamespace(pixels=np.zeros((frames, 16, 16, 3), np.uint8))
+        assert sample._write(SimpleNamespace(task=task, **packed), result, flags, 2) == tmp_path / f"1.5{ending}"
+        assert not (tmp_path / f"1.5{other}").exists()
+    told = sample.kept(flags, [Task("1.5", "t2v", "a red circle")])
+    assert told == {"1.5": (str(tmp_path / "1.5.png"), ["task"])}
 
 
 def test_step_caching_is_told_and_stands_in_the_output(workdir, tmp_path, capsys):

@@ -77,6 +77,7 @@ def read_vlm(folder: Path) -> VLMConfig:
         raise UserError(f"{path} lacks text_config or vision_config")
     for table, fixed in ((text, _TEXT_FIXED), (vision, _VISION_FIXED)):
         _fixed(table, fixed, path)
+    _fixed({"tie_word_embeddings": data.get("tie_word_embeddings", text.get("tie_word_embeddings", True))}, {"tie_word_embeddings": True}, path)
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     _fixed(rope, {"mrope_interleaved": True, "rope_type": "default"}, path)
     text = {**({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}), **text}

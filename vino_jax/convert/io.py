@@ -5,6 +5,7 @@ PyTorch itself is imported only where a pickle is opened or written.
 import hashlib
 import json
 import math
+import operator
 import pickle
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -156,7 +157,10 @@ def _open_safetensors(path: Path) -> _File:
         try:
             header = json.loads(f.read(length))
             header.pop("__metadata__", None)
-            entries = {name: (tuple(t["shape"]), t["dtype"], *t["data_offsets"]) for name, t in header.items()}
+            entries = {}
+            for name, entry in header.items():
+                begin, end = map(operator.index, entry["data_offsets"])
+                entries[name] = tuple(map(operator.index, entry["shape"])), entry["dtype"], begin, end
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is no safetensors file: its header cannot be read") from None
     tensors = {}

@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from vino_jax.errors import UserError
 
 FPS = 24  # of the published model
+ENDINGS = (".png", ".mp4")  # of what was generated
 UNFINISHED = re.compile(r"\.\d+\.(.+)")  # what a kill leaves of `whole_file`; group 1: the name that it would have had
 _CRF = "12"
 
@@ -54,7 +55,7 @@ def write_mp4(path: Path, pixels: np.ndarray, metadata: Mapping[str, str]) -> No
 
 def output_path(directory: Path, index: str, frames: int) -> Path:
     """`<index>.png` for one frame, else `<index>.mp4`."""
-    return directory / f"{index}{'.png' if frames == 1 else '.mp4'}"
+    return directory / f"{index}{ENDINGS[frames > 1]}"
 
 
 def write_output(directory: Path, index: str, pixels: np.ndarray, metadata: Mapping[str, str]) -> Path:
