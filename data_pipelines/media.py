@@ -171,8 +171,12 @@ def read_window(window: Window, bucket: BucketSpec, clips: Clips) -> Sample:
     alike = bool(bucket.images) and _same_aspect(slot, (bucket.height, bucket.width))
 
     def reference(media):
-        image, facts = read_image(media), facts_of(item.target, NEEDS[item.task].clip)
-        return (cover if alike and _same_aspect(image.shape, (facts.height, facts.width)) else letterbox)(image, *slot)
+        image = read_image(media)
+        if alike:
+            facts = facts_of(item.target, NEEDS[item.task].clip)
+            if _same_aspect(image.shape, (facts.height, facts.width)):
+                return cover(image, *slot)
+        return letterbox(image, *slot)
 
     images = tuple(reference(media) for media in item.images)
     if item.task == "i2v" and not images:

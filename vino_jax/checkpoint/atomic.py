@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
+from vino_jax.checkpoint.storage import refusal
 from vino_jax.errors import UserError
 
 
@@ -54,10 +55,8 @@ def atomic_folder(directory: str | Path, *, replace: bool = False) -> Iterator[P
     except BaseException as error:
         if first:
             shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
-        if "No space left on device" in str(error):  # how tensorstore says it
-            raise UserError(f"cannot write {directory}: No space left on device") from error
+        if reason := refusal(error):
+            raise UserError(f"cannot write {directory}: {reason}") from error
         raise
 
 

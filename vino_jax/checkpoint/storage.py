@@ -22,8 +22,8 @@ def reading(what: str, advice: str) -> Iterator[None]:
         for one in _causes(error, before):
             if isinstance(one, (FileNotFoundError, ocp.errors.InvalidLayoutError)) or any(code in str(one) for code in _DAMAGED):
                 raise UserError(f"{what} is damaged or incomplete; {advice}") from error
-            if _of_system(one):
-                raise UserError(f"cannot read {what}: {one.strerror or one}") from error
+            if reason := refusal(one):
+                raise UserError(f"cannot read {what}: {reason}") from error
         raise
 
 
@@ -35,17 +35,16 @@ def writing(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         for one in _causes(error, before):
-            if _of_system(one):
-                raise UserError(f"cannot write {what}: {one.strerror or one}") from error
-            for text in _FULL:
-                if text in str(one):
-                    raise UserError(f"cannot write {what}: {text}") from error
+            if reason := refusal(one):
+                raise UserError(f"cannot write {what}: {reason}") from error
         raise
 
 
-def _of_system(error: BaseException) -> bool:
-    """Whether the system refused something; a TimeoutError is Orbax's own."""
-    return isinstance(error, OSError) and not isinstance(error, TimeoutError)
+def refusal(error: BaseException) -> str:
+    """What the system said where it refused something, "" where it did not. A TimeoutError without a number is Orbax's own."""
+    if isinstance(error, OSError) and not (isinstance(error, TimeoutError) and error.errno is None):
+        return error.strerror or str(error)
+    return next((text for text in _FULL if text in str(error)), "")
 
 
 def _causes(error: BaseException | None, before: BaseException | None) -> Iterator[BaseException]:
